@@ -27,6 +27,11 @@ class InferenceError(Exception):
         self.message = message
         self.data = data
 
+    @property
+    def retryable(self) -> bool:
+        """Whether the same request may succeed when it is sent again."""
+        return bool(self.data.get("retryable", False))
+
     def to_wire(self) -> dict[str, Any]:
         """The error object of JSON-RPC 2.0, section 5.1: ``code``, ``message`` and, if there is any, ``data``."""
         wire: dict[str, Any] = {"code": self.code, "message": self.message}
@@ -66,7 +71,10 @@ class InternalError(InferenceError):
 
 
 class UpstreamError(InferenceError):
-    """The provider refused or failed: ``status``, ``type``, ``retryable``, ``provider_message``."""
+    """The provider refused or failed: ``status``, ``type``, ``retryable``, ``provider_message``.
+
+    Where the provider said how long to wait, ``retry_after`` has it (seconds).
+    """
 
     code = -32000
 
@@ -75,12 +83,17 @@ class RateLimitedError(InferenceError):
     """The provider's 429 outlasted the retries, or asked to wait too long: ``retry_after`` (seconds)."""
 
     code = -32001
+    retryable = True
 
 
 class UpstreamTimeoutError(InferenceError):
     """The provider was too slow: ``phase`` is ``connect``, ``first_token``, ``token`` or ``task``."""
 
     code = -32002
+
+    @property
+    def retryable(self) -> bool:
+        return self.data["phase"] == "connect"  # type: ignore[no-any-return]
 
 
 class ToolTimeoutError(InferenceError):
