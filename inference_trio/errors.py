@@ -33,7 +33,7 @@ class InferenceError(Exception):
         return bool(self.data.get("retryable", False))
 
     def to_wire(self) -> dict[str, Any]:
-        """The error object of JSON-RPC 2.0, section 5.1: ``code``, ``message`` and, if there is any, ``data``."""
+        """The error object of JSON-RPC 2.0, section 5.1: ``code``, ``message`` and any ``data``."""
         wire: dict[str, Any] = {"code": self.code, "message": self.message}
         if self.data:
             wire["data"] = self.data
@@ -83,7 +83,10 @@ class RateLimitedError(InferenceError):
     """The provider's 429 outlasted the retries, or asked to wait too long: ``retry_after`` (seconds)."""
 
     code = -32001
-    retryable = True
+
+    @property
+    def retryable(self) -> bool:
+        return True
 
 
 class UpstreamTimeoutError(InferenceError):
@@ -93,7 +96,7 @@ class UpstreamTimeoutError(InferenceError):
 
     @property
     def retryable(self) -> bool:
-        return self.data["phase"] == "connect"  # type: ignore[no-any-return]
+        return bool(self.data["phase"] == "connect")
 
 
 class ToolTimeoutError(InferenceError):

@@ -1,10 +1,33 @@
-"""One generation as a table-driven state machine (types first)."""
+"""One generation as a table-driven state machine.
+
+A task goes through rounds, each one call of the model. A round streams text; when the model's message is
+complete it either ends the task or asks for tool calls. Then the task waits until every call has its result,
+and the next round begins:
+
+    streaming ──ToolCallsRequested──▶ awaiting_tools ──ToolResultsReceived (last one)──▶ streaming
+        │                                   │
+        ├──RoundFinished──▶ done            │
+        └──CancelRequested──▶ cancelled ◀───┤
+        └──TaskFailed──▶ failed ◀───────────┘
+
+Events are facts, told by whoever saw them happen. `Task.apply` takes one, moves to the next state and returns
+the notifications that follow; the state then says what to do next: run a round, wait for results, or stop. An
+event that `TRANSITIONS` does not allow raises and changes nothing. The three states on the right have no way
+out, so a task ends once. Nothing here waits, reads a clock or knows who calls.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import enum
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
 
 import attrs
+
+from . import protocol
+from .chat import JsonObject
+from .errors import InferenceError, InvalidParamsError, TooManyRoundsError
+from .jsonrpc import encode
 
 
 @attrs.frozen
@@ -15,29 +38,40 @@ class Usage:
     output_tokens: int
     total_tokens: int
 
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            self.total_tokens + other.total_tokens,
-        )
-
 
 @attrs.frozen
 class ToolCall:
     """A complete tool call of the model.
 
-    ``parameters`` are its arguments as a JSON object. Where ``problem`` is not ``None`` the arguments were
-    not one; ``parameters`` is empty then and the problem, one sentence, is what the model is told.
+    ``parameters`` are its arguments as a JSON object. Where ``problem`` is not ``None`` the call never reaches
+    the client; the problem, one sentence, is what the model gets as its result.
     """
 
     id: str
     name: str
-    parameters: dict[str, Any]
+    parameters: JsonObject
     problem: str | None = None
 
 
-# Events: facts, told by whoever saw them happen.
+@attrs.frozen
+class ToolOutcome:
+    """What became of one tool call: the text that the model gets."""
+
+    call_id: str
+    content: str
+
+
+class TaskState(enum.Enum):
+    """The values are the states' names on the wire."""
+
+    STREAMING = "streaming"
+    AWAITING_TOOLS = "awaiting_tools"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+# Events
 
 
 @attrs.frozen
@@ -47,7 +81,7 @@ class TextReceived:
 
 @attrs.frozen
 class ReasoningReceived:
-    """``field`` is the name under which the provider sent it (``reasoning_content`` or ``reasoning``)."""
+    """``field`` is the name under which the provider sent it and wants it back."""
 
     text: str
     field: str = "reasoning_content"
@@ -55,7 +89,7 @@ class ReasoningReceived:
 
 @attrs.frozen
 class RoundFinished:
-    """The model's message is complete and calls no tool (or was cut off before its calls were complete)."""
+    """The model's message is complete and calls no tool, or was cut off before its calls were complete."""
 
     finish_reason: str
     usage: Usage | None = None
@@ -68,3 +102,252 @@ class ToolCallsRequested:
     calls: tuple[ToolCall, ...]
     finish_reason: str
     usage: Usage | None = None
+
+
+@attrs.frozen
+class ToolResultsReceived:
+    outcomes: tuple[ToolOutcome, ...]
+
+
+@attrs.frozen
+class CancelRequested:
+    pass
+
+
+@attrs.frozen
+class TaskFailed:
+    error: InferenceError
+
+
+Event = (
+    TextReceived
+    | ReasoningReceived
+    | RoundFinished
+    | ToolCallsRequested
+    | ToolResultsReceived
+    | CancelRequested
+    | TaskFailed
+)
+
+S = TaskState
+TRANSITIONS: dict[TaskState, dict[type[Any], frozenset[TaskState]]] = {
+    S.STREAMING: {
+        TextReceived: frozenset({S.STREAMING}),
+        ReasoningReceived: frozenset({S.STREAMING}),
+        RoundFinished: frozenset({S.DONE}),
+        # streaming: every call was refused, so the next round begins; failed: one round too many
+        ToolCallsRequested: frozenset({S.AWAITING_TOOLS, S.STREAMING, S.FAILED}),
+        CancelRequested: frozenset({S.CANCELLED}),
+        TaskFailed: frozenset({S.FAILED}),
+    },
+    S.AWAITING_TOOLS: {
+        ToolResultsReceived: frozenset({S.AWAITING_TOOLS, S.STREAMING}),
+        CancelRequested: frozenset({S.CANCELLED}),
+        TaskFailed: frozenset({S.FAILED}),
+    },
+    S.DONE: {},
+    S.CANCELLED: {},
+    S.FAILED: {},
+}
+"""The states to which each event may lead, by the state that it meets."""
+
+
+class IllegalTransitionError(Exception):
+    """The task is not in a state for this event; nothing has changed."""
+
+
+Status = Literal["completed", "cancelled", "length", "content_filter"]
+_STATUS: dict[str, Status] = {"length": "length", "content_filter": "content_filter"}
+_CANCELLED_RESULT = "Error: the call was cancelled before it had a result."
+
+Notifications = list[protocol.TaskNotification]
+
+
+@attrs.define
+class Task:
+    """``tool_timeout`` (seconds) is what the client is told; whoever waits keeps to it.
+
+    ``max_tool_rounds`` is how many rounds may ask for tool calls.
+    """
+
+    id: str
+    tool_timeout: float
+    max_tool_rounds: int
+    state: TaskState = TaskState.STREAMING
+    rounds: int = 1
+    messages: list[JsonObject] = attrs.field(factory=list)
+    """What the task adds to the history, complete rounds only until the task has ended."""
+
+    _calls: tuple[ToolCall, ...] = ()
+    _results: dict[str, str] = attrs.field(factory=dict)
+    _round_text: list[str] = attrs.field(factory=list)
+    _round_reasoning: list[str] = attrs.field(factory=list)
+    _reasoning_field: str = ""
+    _earlier_text: list[str] = attrs.field(factory=list)
+    _usages: list[Usage | None] = attrs.field(factory=list)
+
+    @property
+    def has_ended(self) -> bool:
+        return not TRANSITIONS[self.state]
+
+    @property
+    def outstanding(self) -> list[str]:
+        """Ids of the calls whose results are waited for."""
+        return [call.id for call in self._calls if call.id not in self._results]
+
+    @property
+    def text(self) -> str:
+        """The text so far, over all rounds."""
+        return "".join((*self._earlier_text, *self._round_text))
+
+    @property
+    def usage(self) -> Usage | None:
+        """The sum over all rounds; ``None`` where a round gave none."""
+        known = [usage for usage in self._usages if usage]
+        if not known or len(known) < len(self._usages):
+            return None
+        return Usage(
+            input_tokens=sum(usage.input_tokens for usage in known),
+            output_tokens=sum(usage.output_tokens for usage in known),
+            total_tokens=sum(usage.total_tokens for usage in known),
+        )
+
+    def apply(self, event: Event) -> Notifications:
+        """Moves to the next state and returns what the client is to be told, in order.
+
+        Raises IllegalTransitionError where the state does not allow the event, and InvalidParamsError where a
+        result is for a call that is not outstanding; then nothing has changed.
+        """
+        allowed = TRANSITIONS[self.state].get(type(event))
+        if allowed is None:
+            raise IllegalTransitionError(f"{type(event).__name__} in state {self.state.value}")
+        self.state, notifications = _HANDLERS[type(event)](self, event)
+        assert self.state in allowed
+        return notifications
+
+    # One handler an event: the next state and the notifications.
+
+    def _on_text(self, event: TextReceived) -> tuple[TaskState, Notifications]:
+        self._round_text.append(event.text)
+        return S.STREAMING, [protocol.TextChunk(task_id=self.id, chunk=event.text)]
+
+    def _on_reasoning(self, event: ReasoningReceived) -> tuple[TaskState, Notifications]:
+        self._round_reasoning.append(event.text)
+        self._reasoning_field = event.field
+        return S.STREAMING, [protocol.ReasoningChunk(task_id=self.id, chunk=event.text)]
+
+    def _on_finished(self, event: RoundFinished) -> tuple[TaskState, Notifications]:
+        self._close_round(event.usage)
+        status = _STATUS.get(event.finish_reason, "completed")
+        return S.DONE, [self._end(status, event.finish_reason)]
+
+    def _on_calls(self, event: ToolCallsRequested) -> tuple[TaskState, Notifications]:
+        if self.rounds > self.max_tool_rounds:
+            too_many = TooManyRoundsError(
+                f"The model asked for tools in more than {self.max_tool_rounds} rounds"
+            )
+            return self._on_failed(TaskFailed(too_many))
+        self._close_round(event.usage, event.calls)
+        self._calls = event.calls
+        self._results = {call.id: f"Error: {call.problem}" for call in event.calls if call.problem}
+        requests: Notifications = [self._request(call) for call in event.calls if not call.problem]
+        return self._after_results(), requests
+
+    def _on_results(self, event: ToolResultsReceived) -> tuple[TaskState, Notifications]:
+        received = {outcome.call_id: outcome.content for outcome in event.outcomes}
+        unexpected = [call_id for call_id in received if call_id not in self.outstanding]
+        if unexpected or len(received) < len(event.outcomes):
+            raise InvalidParamsError(
+                f"Expected each of {self.outstanding} at most once, got "
+                f"{[outcome.call_id for outcome in event.outcomes]} - at `params.results`"
+            )
+        self._results |= received
+        return self._after_results(), []
+
+    def _on_cancel(self, _: CancelRequested) -> tuple[TaskState, Notifications]:
+        if self.state is S.STREAMING:
+            self._close_round(None)
+        else:
+            self._results = {call_id: _CANCELLED_RESULT for call_id in self.outstanding} | self._results
+            self._add_results()
+        return S.CANCELLED, [self._end("cancelled", None)]
+
+    def _on_failed(self, event: TaskFailed) -> tuple[TaskState, Notifications]:
+        wire = event.error.to_wire()
+        if self.text:
+            wire["data"] = {**wire.get("data", {}), "partial_text": self.text}
+        return S.FAILED, [protocol.Error(task_id=self.id, error=wire)]
+
+    def _after_results(self) -> TaskState:
+        if self.outstanding:
+            return S.AWAITING_TOOLS
+        self._add_results()
+        self.rounds += 1
+        return S.STREAMING
+
+    def _add_results(self) -> None:
+        self.messages += [
+            {"role": "tool", "tool_call_id": call.id, "content": self._results[call.id]}
+            for call in self._calls
+        ]
+
+    def _close_round(self, usage: Usage | None, calls: Sequence[ToolCall] = ()) -> None:
+        text, reasoning = "".join(self._round_text), "".join(self._round_reasoning)
+        if text or calls:
+            message: JsonObject = {"role": "assistant", "content": text or None}
+            if reasoning:
+                message[self._reasoning_field] = reasoning
+            if calls:
+                message["tool_calls"] = [_call_of_message(call) for call in calls]
+            self.messages.append(message)
+        self._usages.append(usage)
+        self._earlier_text.append(text)
+        self._round_text.clear()
+        self._round_reasoning.clear()
+
+    def _request(self, call: ToolCall) -> protocol.FunctionCallRequest:
+        return protocol.FunctionCallRequest(
+            task_id=self.id,
+            request_id=call.id,
+            tool_name=call.name,
+            parameters=call.parameters,
+            timeout=self.tool_timeout,
+        )
+
+    def _end(self, status: Status, finish_reason: str | None) -> protocol.End:
+        usage = self.usage
+        return protocol.End(
+            task_id=self.id,
+            status_message=status,
+            final_text=self.text,
+            finish_reason=finish_reason,
+            usage=protocol.UsageOfTask(**attrs.asdict(usage)) if usage else None,
+            messages=self.messages,
+        )
+
+
+def _call_of_message(call: ToolCall) -> JsonObject:
+    function = {"name": call.name, "arguments": encode(call.parameters)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+_HANDLERS: dict[type[Any], Callable[[Task, Any], tuple[TaskState, Notifications]]] = {
+    TextReceived: Task._on_text,
+    ReasoningReceived: Task._on_reasoning,
+    RoundFinished: Task._on_finished,
+    ToolCallsRequested: Task._on_calls,
+    ToolResultsReceived: Task._on_results,
+    CancelRequested: Task._on_cancel,
+    TaskFailed: Task._on_failed,
+}
+
+
+def outcome_of(result: protocol.ResultOfTool) -> ToolOutcome:
+    """The text that the model gets for a client's result: text as it is, anything else as JSON."""
+    if result.is_error:
+        content = f"Error: {result.error_message}"
+    elif isinstance(result.result, str):
+        content = result.result
+    else:
+        content = encode(result.result)
+    return ToolOutcome(result.tool_call_id, content)

@@ -1,0 +1,194 @@
+"""JSON-RPC 2.0: frames in, typed calls out; answers and notifications in, frames out.
+
+A frame is decoded in two steps. First the JSON and the envelope of each request, keeping as much as can be
+known: a request with an id gets its answer whatever is wrong with the rest. Then the parameters, into the
+method's type. Rules come from the JSON-RPC 2.0 specification unless another source is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import attrs
+import msgspec
+
+from .chat import JsonObject, Params
+from .errors import (
+    InferenceError,
+    InvalidParamsError,
+    InvalidRequestError,
+    MethodNotFoundError,
+    ParseError,
+)
+from .protocol import METHODS, Notification
+
+MAX_DEPTH = 100
+"""Nesting of arrays and objects in a frame; far below what the JSON and HTTP libraries can still write."""
+
+MAX_BATCH = 1000
+"""Requests in one batch."""
+
+T = TypeVar("T")
+
+RequestId = str | int | float | None
+
+
+@attrs.frozen
+class Call:
+    """A request (``expects_answer``) or a notification with valid parameters."""
+
+    id: RequestId
+    expects_answer: bool
+    params: Params
+    conversation: list[JsonObject]
+    """The messages of a `Generate`, as they came."""
+
+
+@attrs.frozen
+class Invalid:
+    """A request that is to be answered with an error."""
+
+    id: RequestId
+    error: InferenceError
+
+
+@attrs.frozen
+class Frame:
+    """What one frame holds, less invalid notifications: they are never answered (section 4.1)."""
+
+    is_batch: bool
+    items: tuple[Call | Invalid, ...]
+
+
+def decode(data: str | bytes) -> Frame:
+    """What the frame asks for. Never raises: what cannot be read is an `Invalid` with the id ``None``."""
+    try:
+        value = loads(data)
+    except ParseError as error:
+        return Frame(is_batch=False, items=(Invalid(None, error),))
+    if not isinstance(value, list):
+        return Frame(is_batch=False, items=tuple(_decode_request(value)))
+    if not 1 <= len(value) <= MAX_BATCH:
+        size_error = InvalidRequestError(f"Expected a batch of 1 to {MAX_BATCH} requests, got {len(value)}")
+        return Frame(is_batch=False, items=(Invalid(None, size_error),))
+    return Frame(is_batch=True, items=tuple(item for request in value for item in _decode_request(request)))
+
+
+def loads(data: str | bytes) -> Any:
+    """JSON as RFC 8259 has it: no NaN, no lone surrogates; nested at most `MAX_DEPTH` deep.
+
+    Raises ParseError. Integers of any size keep their value; of equal names in an object the last one counts.
+    """
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise ParseError(f"Expected JSON: {error}") from error
+    except RecursionError as error:
+        raise ParseError(f"Expected JSON nested at most {MAX_DEPTH} deep") from error
+    if _is_deeper_than(value, MAX_DEPTH):
+        raise ParseError(f"Expected JSON nested at most {MAX_DEPTH} deep")
+    return value
+
+
+def _is_deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth + 1):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return False
+    return True
+
+
+def _children(node: Any) -> Iterator[Any]:
+    if isinstance(node, dict):
+        return iter(node.values())
+    return iter(node) if isinstance(node, list) else iter(())
+
+
+def _decode_request(value: Any) -> Iterator[Call | Invalid]:
+    request = value if isinstance(value, dict) else {}
+    request_id = request.get("id")
+    if isinstance(request_id, bool) or not isinstance(request_id, str | int | float | None):
+        yield Invalid(None, InvalidRequestError("Expected a string, a number or null - at `id`"))
+    elif error := _envelope_error(request):
+        yield Invalid(request_id, error)
+    else:
+        try:
+            raw = request.get("params", {})
+            params = _decode_params(request["method"], raw)
+        except InferenceError as refused:
+            if "id" in request:
+                yield Invalid(request_id, refused)
+        else:
+            yield Call(request_id, "id" in request, params, _conversation(raw))
+
+
+def _envelope_error(request: JsonObject) -> InvalidRequestError | None:
+    if not request:
+        return InvalidRequestError('Expected an object with "jsonrpc", "method" and mostly "params" and "id"')
+    if request.get("jsonrpc") != "2.0":
+        return InvalidRequestError('Expected "2.0" - at `jsonrpc`')
+    if not isinstance(request.get("method"), str):
+        return InvalidRequestError("Expected a string - at `method`")
+    if not isinstance(request.get("params", {}), dict | list):
+        return InvalidRequestError("Expected an object - at `params`")
+    return None
+
+
+def _decode_params(method: str, params: Any) -> Params:
+    if method not in METHODS:
+        raise MethodNotFoundError(f"There is no method `{method[:64]}`; there are {', '.join(METHODS)}")
+    if isinstance(params, list):
+        raise InvalidParamsError("Expected an object with named parameters, got an array - at `params`")
+    return convert(params, METHODS[method], "params")
+
+
+def _conversation(raw: JsonObject) -> list[JsonObject]:
+    message = [{"role": "user", "content": raw["message"]}] if raw.get("message") else []
+    return [*(raw.get("history") or []), *message]
+
+
+def convert(value: Any, to: type[T], root: str) -> T:
+    """The value as the type. Raises InvalidParamsError with the path of the field, from ``root`` on."""
+    try:
+        return msgspec.convert(value, to)
+    except msgspec.ValidationError as error:
+        raise InvalidParamsError(_with_path(str(error), root)) from error
+
+
+_CHOICES = {
+    "role": "system, developer, user, assistant or tool",
+    "type": "text, image_url, input_audio or file",
+    "tool_choice": "none, auto, required or an object that names a function",
+}
+
+
+def _with_path(message: str, root: str) -> str:
+    if "`$" not in message:
+        return f"{message} - at `{root}`"
+    field = re.search(r"(\w+)`$", message)
+    if message.startswith("Invalid ") and field and field[1] in _CHOICES:
+        message = message.replace(" - at", f", expected {_CHOICES[field[1]]} - at")
+    return message.replace("`$", f"`{root}")
+
+
+def response(request_id: RequestId, result: Any) -> JsonObject:
+    return {"jsonrpc": "2.0", "id": request_id, "result": result}
+
+
+def failure(request_id: RequestId, error: InferenceError) -> JsonObject:
+    return {"jsonrpc": "2.0", "id": request_id, "error": error.to_wire()}
+
+
+def notification(session_id: str, note: Notification, seq: int | None = None) -> JsonObject:
+    """The notification as it goes out; ``seq`` where it belongs to a task."""
+    numbered = {} if seq is None else {"seq": seq}
+    params = {"session_id": session_id, **msgspec.structs.asdict(note), **numbered}
+    return {"jsonrpc": "2.0", "method": note.method, "params": params}
+
+
+def encode(value: Any) -> str:
+    """JSON text of a frame. Text in it must be free of lone surrogates: the model's side sees to that."""
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,135 @@
+"""The notifications of a session: a numbered, merging, byte-bounded log with a read cursor.
+
+    kept ──▶ [ sent …………………………… | unsent …………………… ]
+              oldest_seq           ^cursor       ^latest_seq
+
+What a task produces is appended at the right. Whoever is connected takes what is right of the cursor. From this
+one structure follow
+
+- back-pressure: while `is_full`, whoever produces waits. It is full when what is unsent reaches half the limit;
+- cheap tokens under load: text that is not sent yet grows in place instead of becoming one more notification;
+- replay: what was sent is kept, up to the other half of the limit, and `rewind` moves the cursor back to it. What
+  was once sent under a number never changes;
+- bounded memory, whatever the client does. Only the newest notification is kept whatever its size.
+
+Sizes are in bytes of JSON, near enough for a bound.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import attrs
+import msgspec
+
+from .protocol import ReasoningChunk, TaskNotification, TextChunk
+
+_OVERHEAD = 160
+"""Bytes for a frame's envelope, the ids and the Python objects that hold an entry."""
+
+
+@attrs.define
+class Entry:
+    """A notification under its number."""
+
+    seq: int
+    note: TaskNotification
+    size: int
+    was_sent: bool = False
+
+
+@attrs.frozen
+class Replay:
+    """What can be replayed; ``gap`` is true where something after ``after`` is no longer kept."""
+
+    after: int
+    oldest_seq: int
+    latest_seq: int
+    gap: bool
+
+
+@attrs.define
+class Outbox:
+    """``limit``: bytes that may be kept."""
+
+    limit: int
+    latest_seq: int = 0
+    _sent: deque[Entry] = attrs.field(factory=deque)
+    _unsent: deque[Entry] = attrs.field(factory=deque)
+    _sent_bytes: int = 0
+    _unsent_bytes: int = 0
+
+    @property
+    def oldest_seq(self) -> int:
+        """Number of the oldest notification kept; ``latest_seq + 1`` when there is none."""
+        return self.latest_seq + 1 - len(self._sent) - len(self._unsent)
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a producer has to wait until something is taken."""
+        return self._unsent_bytes >= self.limit // 2
+
+    def append(self, note: TaskNotification) -> None:
+        """Adds a notification under the next number, or its text to the newest one if that is not sent yet."""
+        newest = self._unsent[-1] if self._unsent else None
+        merged = _merge(newest.note, note) if newest and not newest.was_sent else None
+        if newest and merged:
+            added = _size_of(note) - _OVERHEAD
+            newest.note = merged
+            newest.size += added
+        else:
+            self.latest_seq += 1
+            added = _size_of(note)
+            self._unsent.append(Entry(self.latest_seq, note, added))
+        self._unsent_bytes += added
+
+    def take(self) -> Iterator[Entry]:
+        """What is to be sent now, in order. An entry counts as sent when it is handed out."""
+        while self._unsent:
+            entry = self._advance()
+            entry.was_sent = True
+            yield entry
+
+    def rewind(self, after: int) -> Replay:
+        """Moves the cursor, so that what is kept under numbers above ``after`` is taken next.
+
+        Raises ValueError where ``after`` is not a number given out so far, or 0.
+        """
+        if not 0 <= after <= self.latest_seq:
+            raise ValueError(f"Expected a number from 0 to {self.latest_seq}")
+        replay = Replay(after, self.oldest_seq, self.latest_seq, gap=after < self.oldest_seq - 1)
+        while self._sent and self._sent[-1].seq > after:
+            entry = self._sent.pop()
+            self._sent_bytes -= entry.size
+            self._unsent.appendleft(entry)
+            self._unsent_bytes += entry.size
+        while self._unsent and self._unsent[0].seq <= after:
+            self._advance()
+        return replay
+
+    def _advance(self) -> Entry:
+        entry = self._unsent.popleft()
+        self._unsent_bytes -= entry.size
+        self._sent.append(entry)
+        self._sent_bytes += entry.size
+        while self._sent_bytes > self.limit // 2 and self._sent[0].seq < self.latest_seq:
+            self._sent_bytes -= self._sent.popleft().size
+        return entry
+
+
+def _merge(newest: TaskNotification, note: TaskNotification) -> TaskNotification | None:
+    if not isinstance(note, TextChunk | ReasoningChunk) or not isinstance(newest, type(note)):
+        return None
+    if newest.task_id != note.task_id:
+        return None
+    return msgspec.structs.replace(newest, chunk=newest.chunk + note.chunk)
+
+
+def _size_of(note: TaskNotification) -> int:
+    text = isinstance(note, TextChunk | ReasoningChunk)
+    return _OVERHEAD + (len(note.chunk.encode()) if text else len(msgspec.json.encode(note)))
