@@ -101,9 +101,7 @@ def check_tools(tools: Sequence[Tool] | None) -> None:
     """Raises ValueError where two tools have one name."""
     count = Counter(tool.definition.name for tool in tools or ())
     if twice := {name for name in count if count[name] > 1}:
-        raise ValueError(
-            f"Expected every tool to have a name of its own, but {sorted(twice)} stand twice in `tools`"
-        )
+        raise ValueError(f"Expected every tool to have a name of its own, but {sorted(twice)} stand twice in `tools`")
 
 
 # Chat messages

@@ -31,12 +31,19 @@ _OVERHEAD = 160
 
 @attrs.define
 class Entry:
-    """A notification under its number."""
+    """A notification under its number. ``more`` is text that came for it later; once it was sent, none is added."""
 
     seq: int
     note: TaskNotification
     size: int
     was_sent: bool = False
+    more: list[str] = attrs.field(factory=list)
+
+    def seal(self) -> None:
+        self.was_sent = True
+        if self.more and isinstance(self.note, TextChunk | ReasoningChunk):
+            self.note = msgspec.structs.replace(self.note, chunk="".join((self.note.chunk, *self.more)))
+            self.more.clear()
 
 
 @attrs.frozen
@@ -77,14 +84,13 @@ class Outbox:
     def append(self, note: TaskNotification) -> None:
         """Adds a notification under the next number, or its text to the newest one if that is not sent yet."""
         newest = self._unsent[-1] if self._unsent else None
-        merged = _merge(newest.note, note) if newest and not newest.was_sent else None
-        if newest and merged:
-            added = _size_of(note) - _OVERHEAD
-            newest.note = merged
+        added = _size_of(note)
+        if newest and isinstance(note, TextChunk | ReasoningChunk) and _continues(newest, note):
+            added -= _OVERHEAD
+            newest.more.append(note.chunk)
             newest.size += added
         else:
             self.latest_seq += 1
-            added = _size_of(note)
             self._unsent.append(Entry(self.latest_seq, note, added))
         self._unsent_bytes += added
 
@@ -92,7 +98,7 @@ class Outbox:
         """What is to be sent now, in order. An entry counts as sent when it is handed out."""
         while self._unsent:
             entry = self._advance()
-            entry.was_sent = True
+            entry.seal()
             yield entry
 
     def rewind(self, after: int) -> Replay:
@@ -122,14 +128,11 @@ class Outbox:
         return entry
 
 
-def _merge(newest: TaskNotification, note: TaskNotification) -> TaskNotification | None:
-    if not isinstance(note, TextChunk | ReasoningChunk) or not isinstance(newest, type(note)):
-        return None
-    if newest.task_id != note.task_id:
-        return None
-    return msgspec.structs.replace(newest, chunk=newest.chunk + note.chunk)
+def _continues(newest: Entry, note: TextChunk | ReasoningChunk) -> bool:
+    return not newest.was_sent and type(newest.note) is type(note) and newest.note.task_id == note.task_id
 
 
 def _size_of(note: TaskNotification) -> int:
-    text = isinstance(note, TextChunk | ReasoningChunk)
-    return _OVERHEAD + (len(note.chunk.encode()) if text else len(msgspec.json.encode(note)))
+    if isinstance(note, TextChunk | ReasoningChunk):
+        return _OVERHEAD + len(note.chunk.encode())
+    return _OVERHEAD + len(msgspec.json.encode(note))

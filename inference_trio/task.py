@@ -19,7 +19,7 @@ out, so a task ends once. Nothing here waits, reads a clock or knows who calls.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import attrs
@@ -218,14 +218,27 @@ class Task:
         Raises IllegalTransitionError where the state does not allow the event, and InvalidParamsError where a
         result is for a call that is not outstanding; then nothing has changed.
         """
-        allowed = TRANSITIONS[self.state].get(type(event))
-        if allowed is None:
+        if type(event) not in TRANSITIONS[self.state]:
             raise IllegalTransitionError(f"{type(event).__name__} in state {self.state.value}")
-        self.state, notifications = _HANDLERS[type(event)](self, event)
-        assert self.state in allowed
+        self.state, notifications = self._handle(event)
         return notifications
 
-    # One handler an event: the next state and the notifications.
+    def _handle(self, event: Event) -> tuple[TaskState, Notifications]:
+        match event:
+            case TextReceived():
+                return self._on_text(event)
+            case ReasoningReceived():
+                return self._on_reasoning(event)
+            case RoundFinished():
+                return self._on_finished(event)
+            case ToolCallsRequested():
+                return self._on_calls(event)
+            case ToolResultsReceived():
+                return self._on_results(event)
+            case CancelRequested():
+                return self._on_cancel()
+            case TaskFailed():
+                return self._on_failed(event)
 
     def _on_text(self, event: TextReceived) -> tuple[TaskState, Notifications]:
         self._round_text.append(event.text)
@@ -243,9 +256,7 @@ class Task:
 
     def _on_calls(self, event: ToolCallsRequested) -> tuple[TaskState, Notifications]:
         if self.rounds > self.max_tool_rounds:
-            too_many = TooManyRoundsError(
-                f"The model asked for tools in more than {self.max_tool_rounds} rounds"
-            )
+            too_many = TooManyRoundsError(f"The model asked for tools in more than {self.max_tool_rounds} rounds")
             return self._on_failed(TaskFailed(too_many))
         self._close_round(event.usage, event.calls)
         self._calls = event.calls
@@ -264,11 +275,11 @@ class Task:
         self._results |= received
         return self._after_results(), []
 
-    def _on_cancel(self, _: CancelRequested) -> tuple[TaskState, Notifications]:
+    def _on_cancel(self) -> tuple[TaskState, Notifications]:
         if self.state is S.STREAMING:
             self._close_round(None)
         else:
-            self._results = {call_id: _CANCELLED_RESULT for call_id in self.outstanding} | self._results
+            self._results = dict.fromkeys(self.outstanding, _CANCELLED_RESULT) | self._results
             self._add_results()
         return S.CANCELLED, [self._end("cancelled", None)]
 
@@ -287,8 +298,7 @@ class Task:
 
     def _add_results(self) -> None:
         self.messages += [
-            {"role": "tool", "tool_call_id": call.id, "content": self._results[call.id]}
-            for call in self._calls
+            {"role": "tool", "tool_call_id": call.id, "content": self._results[call.id]} for call in self._calls
         ]
 
     def _close_round(self, usage: Usage | None, calls: Sequence[ToolCall] = ()) -> None:
@@ -329,17 +339,6 @@ class Task:
 def _call_of_message(call: ToolCall) -> JsonObject:
     function = {"name": call.name, "arguments": encode(call.parameters)}
     return {"id": call.id, "type": "function", "function": function}
-
-
-_HANDLERS: dict[type[Any], Callable[[Task, Any], tuple[TaskState, Notifications]]] = {
-    TextReceived: Task._on_text,
-    ReasoningReceived: Task._on_reasoning,
-    RoundFinished: Task._on_finished,
-    ToolCallsRequested: Task._on_calls,
-    ToolResultsReceived: Task._on_results,
-    CancelRequested: Task._on_cancel,
-    TaskFailed: Task._on_failed,
-}
 
 
 def outcome_of(result: protocol.ResultOfTool) -> ToolOutcome:
