@@ -18,7 +18,6 @@ Sizes are in bytes of JSON, near enough for a bound.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
 import attrs
 import msgspec
@@ -73,10 +72,6 @@ class Outbox:
         return self.latest_seq + 1 - len(self._sent) - len(self._unsent)
 
     @property
-    def has_unsent(self) -> bool:
-        return bool(self._unsent)
-
-    @property
     def is_full(self) -> bool:
         """Whether a producer has to wait until something is taken."""
         return self._unsent_bytes >= self.limit // 2
@@ -94,12 +89,13 @@ class Outbox:
             self._unsent.append(Entry(self.latest_seq, note, added))
         self._unsent_bytes += added
 
-    def take(self) -> Iterator[Entry]:
-        """What is to be sent now, in order. An entry counts as sent when it is handed out."""
-        while self._unsent:
-            entry = self._advance()
-            entry.seal()
-            yield entry
+    def take(self) -> Entry | None:
+        """The next notification to be sent, if there is one; it counts as sent from now on."""
+        if not self._unsent:
+            return None
+        entry = self._advance()
+        entry.seal()
+        return entry
 
     def rewind(self, after: int) -> Replay:
         """Moves the cursor, so that what is kept under numbers above ``after`` is taken next.

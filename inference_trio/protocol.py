@@ -109,25 +109,33 @@ class CreateSession(Params, frozen=True):
 
 
 class Notification(Struct, frozen=True, kw_only=True):
+    """Something that the server tells on its own."""
+
     method: ClassVar[str]
 
 
 class TaskNotification(Notification, frozen=True, kw_only=True):
+    """Something that a task tells; on the wire it also has its number, ``seq``."""
+
     task_id: str
 
 
 class TextChunk(TaskNotification, frozen=True):
+    """Text of the answer. Together the chunks of a task are its ``final_text``."""
+
     method: ClassVar[str] = "text_chunk"
     chunk: NonEmpty
 
 
 class ReasoningChunk(TaskNotification, frozen=True):
+    """Reasoning text, of models that give it."""
+
     method: ClassVar[str] = "reasoning_chunk"
     chunk: NonEmpty
 
 
 class FunctionCallRequest(TaskNotification, frozen=True):
-    """``timeout``: seconds until the call counts as failed."""
+    """A tool call for the client to carry out. ``timeout``: seconds until it counts as failed."""
 
     method: ClassVar[str] = "function_call_request"
     request_id: str
@@ -137,12 +145,16 @@ class FunctionCallRequest(TaskNotification, frozen=True):
 
 
 class UsageOfTask(Struct, frozen=True):
+    """Tokens over all rounds, as the provider counted them."""
+
     input_tokens: int
     output_tokens: int
     total_tokens: int
 
 
 class End(TaskNotification, frozen=True):
+    """The task has ended. ``messages`` is what it adds to the history, valid to be sent back as it is."""
+
     method: ClassVar[str] = "end"
     status_message: Literal["completed", "cancelled", "length", "content_filter"]
     final_text: str
@@ -152,17 +164,23 @@ class End(TaskNotification, frozen=True):
 
 
 class Error(TaskNotification, frozen=True):
+    """The task has failed; text that came before is in ``data.partial_text``."""
+
     method: ClassVar[str] = "error"
     error: JsonObject
 
 
 class TaskStatus(Struct, frozen=True):
+    """A task that is running, and the tool calls it waits for."""
+
     task_id: str
     state: str
     outstanding: list[str]
 
 
 class Resumed(Notification, frozen=True):
+    """What follows: the kept notifications above ``after``; with a ``gap``, from ``oldest_seq`` on."""
+
     method: ClassVar[str] = "resumed"
     after: int
     oldest_seq: int

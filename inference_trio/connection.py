@@ -1,0 +1,172 @@
+"""One WebSocket: a nursery with a reader and a writer, and the only place where exceptions become JSON-RPC errors.
+
+The reader decodes a frame, calls the session and is ready for the next one: no method waits for a generation. The
+writer is the only one that sends: first the answers to requests, then what the session's outbox has. An answer that
+cannot be given at once (`cancel` is answered when the tasks have ended) joins the queue when it is ready.
+
+Answers that a client does not read are bounded by no longer reading its requests. Two facts about Hypercorn shape
+the writer: sending on a closed connection returns without a checkpoint, so there is one before each send; and a
+cancelled send can lose the news of a disconnect, so sending is never put in a cancel scope of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import attrs
+import trio
+
+from . import openrpc
+from .chat import JsonObject
+from .errors import InferenceError, InternalError
+from .jsonrpc import Call, Frame, Invalid, decode, encode, failure, notification, response
+from .protocol import Cancel, Cancelled, Generate, Resumed, ToolResult
+from .runner import Runner
+from .session import Session
+from .task import TaskState
+
+INTERNAL_ERROR = 1011
+"""WebSocket close code of RFC 6455, section 7.4.1."""
+
+LARGEST_BACKLOG = 1024 * 1024
+"""Bytes of answers that wait to be sent; beyond it no more requests are read."""
+
+logger = logging.getLogger(__name__)
+
+
+class WebSocket(Protocol):
+    """What is needed of Quart's WebSocket."""
+
+    async def accept(self) -> None: ...
+
+    async def receive(self) -> str | bytes: ...
+
+    async def send(self, data: str) -> None: ...
+
+    async def close(self, code: int, reason: str = "") -> None: ...
+
+
+@attrs.frozen
+class Cancelling:
+    """A `cancel` that is answered when these runners have ended."""
+
+    call: Call
+    runners: Sequence[Runner]
+
+    async def answer(self) -> JsonObject | None:
+        for runner in self.runners:
+            await runner.ended.wait()
+        ids = [runner.task.id for runner in self.runners if runner.task.state is TaskState.CANCELLED]
+        return _response(self.call, Cancelled(ids))
+
+
+@attrs.define(eq=False)
+class Connection:
+    websocket: WebSocket
+    session: Session
+    _answers: deque[str] = attrs.field(factory=deque)
+    _backlog: int = 0
+    _awake: trio.Event = attrs.field(factory=trio.Event)
+    _sent: trio.Event = attrs.field(factory=trio.Event)
+    _close_code: int | None = None
+
+    async def run(self, resumed: Resumed | None) -> None:
+        """Serves the connection, which is attached to its session, until it is closed from either side."""
+        if resumed:
+            self._enqueue(notification(self.session.id, resumed))
+        try:
+            await self.websocket.accept()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read, nursery)
+                await self._write()
+                nursery.cancel_scope.cancel()
+        except* Exception:
+            logger.exception("defect in a connection")
+            await self.websocket.close(INTERNAL_ERROR)
+        finally:
+            self.session.detach(self)
+
+    def wake(self) -> None:
+        self._awake.set()
+
+    def close(self, code: int) -> None:
+        self._close_code = code
+        self.wake()
+
+    # Reading
+
+    async def _read(self, nursery: trio.Nursery) -> None:
+        while True:
+            frame = decode(await self.websocket.receive())
+            answers = [self._dispatch(item) for item in frame.items]
+            if any(isinstance(answer, Cancelling) for answer in answers):
+                nursery.start_soon(self._answer_later, frame, answers)
+            else:
+                self._answer(frame, answers)
+            while self._backlog > LARGEST_BACKLOG:
+                self._sent = trio.Event()
+                await self._sent.wait()
+
+    def _dispatch(self, item: Call | Invalid) -> JsonObject | Cancelling | None:
+        if isinstance(item, Invalid):
+            return failure(item.id, item.error)
+        try:
+            return self._call(item)
+        except InferenceError as error:
+            refused = error
+        except Exception:
+            logger.exception("defect in a method")
+            refused = InternalError("The server has a defect; its log has the details")
+        return failure(item.id, refused) if item.expects_answer else None
+
+    def _call(self, call: Call) -> JsonObject | Cancelling | None:
+        match call.params:
+            case Generate() as params:
+                return _response(call, self.session.generate(call, params))
+            case ToolResult() as params:
+                return _response(call, self.session.tool_result(params))
+            case Cancel(task_id=task_id):
+                return Cancelling(call, self.session.cancel(task_id))
+            case _:
+                return _response(call, openrpc.document())
+
+    async def _answer_later(self, frame: Frame, answers: list[Any]) -> None:
+        self._answer(frame, [await answer.answer() if isinstance(answer, Cancelling) else answer for answer in answers])
+
+    def _answer(self, frame: Frame, answers: list[Any]) -> None:
+        given = [answer for answer in answers if answer is not None]
+        if given:
+            self._enqueue(given if frame.is_batch else given[0])
+
+    # Writing
+
+    def _enqueue(self, value: Any) -> None:
+        text = encode(value)
+        self._backlog += len(text)
+        self._answers.append(text)
+        self.wake()
+
+    async def _write(self) -> None:
+        while self._close_code is None:
+            await self._awake.wait()
+            self._awake = trio.Event()
+            while self._close_code is None and (text := self._next()):
+                await trio.lowlevel.checkpoint()
+                await self.websocket.send(text)
+        await self.websocket.close(self._close_code)
+
+    def _next(self) -> str | None:
+        if self._answers:
+            text = self._answers.popleft()
+            self._backlog -= len(text)
+            self._sent.set()
+            return text
+        entry = self.session.take(self)
+        return encode(notification(self.session.id, entry.note, entry.seq)) if entry else None
+
+
+def _response(call: Call, result: Any) -> JsonObject | None:
+    return response(call.id, result) if call.expects_answer else None

@@ -1,0 +1,263 @@
+"""Drives one task with one model: rounds, retries, waiting for tools, time limits, cancellation.
+
+The runner is where time passes. What it sees happen it tells the `Task` as events, and what follows goes to the
+session's outbox; the task's state says what to do next. Everything it waits for lies within one cancel scope, so a
+cancel takes effect at once wherever the task is: leaving the model's stream closes the upstream request.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import random
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol
+
+import attrs
+import trio
+from langchain_core.messages import BaseMessage
+
+from .chat import JsonObject
+from .errors import (
+    BrokenStreamError,
+    InferenceError,
+    InternalError,
+    NoSuchTaskError,
+    ToolTimeoutError,
+    UpstreamTimeoutError,
+)
+from .logs import log_context
+from .messages import Delta, RoundAccumulator, to_langchain
+from .model import ModelRequest
+from .protocol import TaskNotification
+from .settings import Settings
+from .task import (
+    CancelRequested,
+    Event,
+    IllegalTransitionError,
+    ReasoningReceived,
+    Task,
+    TaskFailed,
+    TaskState,
+    TextReceived,
+    ToolCallsRequested,
+    ToolOutcome,
+    ToolResultsReceived,
+)
+
+LONGEST_WAIT = 60.0
+"""Seconds; a provider that asks to wait longer before the next attempt has refused."""
+
+logger = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """What the runner needs of a chat model."""
+
+    async def stream(self, request: ModelRequest, receive: Callable[[list[Delta]], Awaitable[None]]) -> None:
+        """One call of the model: awaits ``receive`` with what has come, in order. Raises `InferenceError`."""
+
+
+class Sink(Protocol):
+    """Where notifications go."""
+
+    def append(self, note: TaskNotification) -> None: ...
+
+    async def wait_for_room(self) -> None:
+        """Returns when more may be appended; text must not be appended without having waited."""
+
+
+@attrs.define(eq=False)
+class Runner:
+    """``tools`` are in OpenAI's form; ``parameters`` have the names of OpenAI's chat completions."""
+
+    task: Task
+    session_id: str
+    model: Model
+    model_name: str
+    settings: Settings
+    sink: Sink
+    conversation: list[JsonObject]
+    tools: Sequence[JsonObject]
+    parameters: JsonObject
+    ended: trio.Event = attrs.field(factory=trio.Event)
+
+    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    _results_came: trio.Event = attrs.field(factory=trio.Event)
+    _messages: list[BaseMessage] = attrs.field(factory=list)
+    _provider_message: BaseMessage | None = None
+    _used_ids: set[str] = attrs.field(factory=set)
+    _has_begun: bool = False
+    _started_at: float = attrs.field(factory=trio.current_time)
+    _first_delta_at: float | None = None
+
+    def cancel(self) -> None:
+        """Ends the task as cancelled unless it ends otherwise before; ``ended`` tells when the upstream is closed."""
+        self._scope.cancel()
+
+    def give_results(self, outcomes: tuple[ToolOutcome, ...]) -> None:
+        """Raises NoSuchTaskError where the task waits for no tools, InvalidParamsError for a call not outstanding."""
+        try:
+            self._apply(ToolResultsReceived(outcomes))
+        except IllegalTransitionError as error:
+            raise NoSuchTaskError(f"Task {self.task.id} is {self.task.state.value} and waits for no tools") from error
+        self._results_came.set()
+
+    async def run(self) -> None:
+        """Runs the task to its end. Raises nothing but a cancellation from outside."""
+        with log_context(task_id=self.task.id, session_id=self.session_id):
+            try:
+                with self._scope:
+                    await self._run_in_time()
+            except InferenceError as error:
+                self._apply(TaskFailed(error))
+            except Exception:
+                logger.exception("defect in a task")
+                self._apply(TaskFailed(InternalError("The server has a defect; its log has the details")))
+            finally:
+                if not self.task.has_ended:
+                    self._apply(CancelRequested())
+                self.ended.set()
+                self._log_end()
+
+    async def _run_in_time(self) -> None:
+        limit = self.settings.task_timeout
+        with trio.move_on_after(limit):
+            while not self.task.has_ended:
+                if self.task.state is TaskState.STREAMING:
+                    await self._run_round()
+                else:
+                    await self._wait_for_results()
+        if not self.task.has_ended:
+            raise UpstreamTimeoutError(f"The task took longer than {limit:g} s", phase="task")
+
+    # A round
+
+    async def _run_round(self) -> None:
+        self._extend_messages()
+        for attempt in itertools.count():
+            accumulator = RoundAccumulator()
+            self._has_begun = False
+            try:
+                await self._stream(accumulator)
+                break
+            except InferenceError as error:
+                delay = _delay_before_next(error, attempt)
+                if self._has_begun or attempt >= self.settings.max_retries or delay is None:
+                    raise
+                logger.warning(
+                    "attempt %d failed, the next one begins in %.1f s: %s", attempt + 1, delay, error.message
+                )
+            await trio.sleep(delay)
+        self._close_round(accumulator)
+
+    async def _stream(self, accumulator: RoundAccumulator) -> None:
+        """One attempt. A model that has said why it stopped has said everything: what breaks after that is no error."""
+        scope = trio.CancelScope(deadline=trio.current_time() + self.settings.first_token_timeout)
+
+        async def receive(deltas: list[Delta]) -> None:
+            scope.deadline = math.inf
+            self._has_begun = True
+            self._first_delta_at = self._first_delta_at or trio.current_time()
+            for delta in deltas:
+                accumulator.add(delta)
+            for event in _text_events(deltas):
+                self._apply(event)
+            await self.sink.wait_for_room()
+            scope.deadline = trio.current_time() + self.settings.token_timeout
+
+        try:
+            with scope:
+                await self.model.stream(self._request(), receive)
+        except BrokenStreamError:
+            if accumulator.finish_reason is None:
+                raise
+        if scope.cancelled_caught and accumulator.finish_reason is None:
+            raise self._too_slow()
+
+    def _too_slow(self) -> UpstreamTimeoutError:
+        if self._has_begun:
+            limit, phase, what = self.settings.token_timeout, "token", "between two chunks"
+        else:
+            limit, phase, what = self.settings.first_token_timeout, "first_token", "until the first chunk"
+        return UpstreamTimeoutError(f"The model was silent for {limit:g} s {what}", phase=phase)
+
+    def _request(self) -> ModelRequest:
+        """A forced tool choice is for the first round: kept up, it would make the model call tools without end."""
+        parameters = self.parameters
+        if self.task.rounds > 1 and parameters.get("tool_choice") not in ("none", "auto"):
+            parameters = {name: value for name, value in parameters.items() if name != "tool_choice"}
+        return ModelRequest(messages=self._messages, tools=self.tools, parameters=parameters, model=self.model_name)
+
+    def _close_round(self, accumulator: RoundAccumulator) -> None:
+        offered = [tool["function"]["name"] for tool in self.tools]
+        event = accumulator.finish(offered, self._used_ids)
+        self._apply(event)
+        if isinstance(event, ToolCallsRequested) and not self.task.has_ended:
+            self._used_ids.update(call.id for call in event.calls)
+            said = next(message for message in reversed(self.task.messages) if message["role"] == "assistant")
+            self._provider_message = accumulator.provider_message(said["content"] or "", event.calls)
+
+    def _extend_messages(self) -> None:
+        """Adds what has joined the conversation since the last round, the model's message as its provider has it."""
+        joined = to_langchain([*self.conversation, *self.task.messages][len(self._messages) :])
+        if self._provider_message:
+            joined[0] = self._provider_message
+        self._messages += joined
+
+    # Tools
+
+    async def _wait_for_results(self) -> None:
+        limit = self.settings.tool_timeout
+        with trio.move_on_after(limit):
+            while self.task.state is TaskState.AWAITING_TOOLS:
+                self._results_came = trio.Event()
+                await self._results_came.wait()
+        if self.task.state is TaskState.AWAITING_TOOLS:
+            raise ToolTimeoutError(f"No result came within {limit:g} s", outstanding=self.task.outstanding)
+
+    # What happened
+
+    def _apply(self, event: Event) -> None:
+        for note in self.task.apply(event):
+            self.sink.append(note)
+
+    def _log_end(self) -> None:
+        now = trio.current_time()
+        usage = self.task.usage
+        logger.info(
+            "task ended",
+            extra={
+                "model": self.model_name,
+                "state": self.task.state.value,
+                "rounds": self.task.rounds,
+                "input_tokens": usage and usage.input_tokens,
+                "output_tokens": usage and usage.output_tokens,
+                "first_token_s": self._first_delta_at and round(self._first_delta_at - self._started_at, 3),
+                "duration_s": round(now - self._started_at, 3),
+            },
+        )
+
+
+def _delay_before_next(error: InferenceError, attempt: int) -> float | None:
+    """Seconds until the attempt after ``attempt`` (from 0); ``None`` where another one makes no sense."""
+    asked: float = error.data.get("retry_after") or 0.0
+    if not error.retryable or asked > LONGEST_WAIT:
+        return None
+    return max(asked, random.uniform(0.5, 1.0) * min(8.0, 0.5 * 2**attempt))  # noqa: S311 (jitter, not a secret)
+
+
+def _text_events(deltas: list[Delta]) -> Iterator[Event]:
+    """Text that came together is told together, in the order in which text and reasoning came."""
+    for field, run in itertools.groupby(_pieces(deltas), key=lambda piece: piece[0]):
+        text = "".join(piece for _, piece in run)
+        yield ReasoningReceived(text, field) if field else TextReceived(text)
+
+
+def _pieces(deltas: list[Delta]) -> Iterator[tuple[str, str]]:
+    for delta in deltas:
+        if delta.reasoning:
+            yield delta.reasoning_field, delta.reasoning
+        if delta.text:
+            yield "", delta.text

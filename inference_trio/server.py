@@ -1,0 +1,174 @@
+"""The Quart-Trio app: the session route, the WebSocket, and what a deployment asks for.
+
+`create_app` puts the parts together. The model, the sessions and their tasks live in the nursery that Quart-Trio
+opens while it serves, so they end with the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
+
+import attrs
+import trio
+from quart import Response, request, websocket
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException, NotFound, UnsupportedMediaType
+
+from . import openrpc
+from .connection import Connection
+from .errors import (
+    InferenceError,
+    InternalError,
+    InvalidParamsError,
+    InvalidRequestError,
+    OverloadedError,
+    ParseError,
+)
+from .hypercorn_fixes import BoundedWebsocket, ServerLimits, install
+from .jsonrpc import convert, encode, loads
+from .local_model import embedded_model
+from .model import build_model
+from .protocol import Created, CreateSession
+from .runner import Model
+from .session import RETRY_AFTER, SessionStore
+from .settings import Settings
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_STATUS = {ParseError: 400, InvalidParamsError: 422, OverloadedError: 503}
+
+
+def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
+    """The app for these settings; ``model`` stands in for the one that the settings name."""
+    install(ServerLimits(max_message_bytes=settings.max_message_bytes))
+    app = QuartTrio(__package__, static_folder=None)
+    app.websocket_class = BoundedWebsocket
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes
+    app.errorhandler(InferenceError)(refuse)
+    app.errorhandler(HTTPException)(refuse_http)
+    app.errorhandler(Exception)(report_defect)
+    Service(settings, model).register(app)
+    return app
+
+
+@attrs.define(eq=False)
+class Service:
+    """The routes, and what they need from start to end of serving."""
+
+    settings: Settings
+    model: Model | None
+    _store: SessionStore | None = None
+
+    def register(self, app: QuartTrio) -> None:
+        async def start() -> None:
+            model = self.model or await app.nursery.start(_hold, open_model(self.settings))
+            self._store = SessionStore(self.settings, model, app.nursery)
+
+        app.before_serving(start)
+        app.post("/create_session")(self.create_session)
+        app.get("/healthz")(self.healthz)
+        app.get("/readyz")(self.readyz)
+        app.get("/openrpc.json")(self.openrpc)
+        app.websocket("/ws/<session_id>")(self.connect)
+
+    @property
+    def store(self) -> SessionStore:
+        """Raises OverloadedError until the server is ready."""
+        if self._store is None:
+            raise OverloadedError("The server is not ready", retry_after=RETRY_AFTER)
+        return self._store
+
+    async def create_session(self) -> Response:
+        session = self.store.create(convert(await _json_body(), CreateSession, "body"))
+        return _json(Created(session.id))
+
+    async def healthz(self) -> Response:
+        return _json({"status": "ok"})
+
+    async def readyz(self) -> Response:
+        _ = self.store
+        return _json({"status": "ready"})
+
+    async def openrpc(self) -> Response:
+        return _json(openrpc.document())
+
+    async def connect(self, session_id: str) -> None:
+        session = self.store.get(session_id)
+        if session is None:
+            raise NotFound("There is no such session; it may have expired")
+        socket = websocket._get_current_object()  # type: ignore[attr-defined]  # noqa: SLF001 (Werkzeug's proxies)
+        connection = Connection(socket, session)
+        resumed = session.attach(connection, _after(socket.args.get("after")))
+        await connection.run(resumed)
+
+
+async def refuse(error: InferenceError) -> Response:
+    return _error(error, _STATUS.get(type(error), 500))
+
+
+async def refuse_http(error: HTTPException) -> Response:
+    return _error(InvalidRequestError(error.description or error.name), error.code or 500)
+
+
+async def report_defect(error: Exception) -> Response:
+    logger.error("defect in a route", exc_info=error)
+    return _error(InternalError("The server has a defect; its log has the details"), 500)
+
+
+@asynccontextmanager
+async def open_model(settings: Settings) -> AsyncIterator[Model]:
+    """The chat model that the settings name, for as long as the context lasts."""
+    async with AsyncExitStack() as stack:
+        if settings.provider == "local":
+            embedded = await stack.enter_async_context(embedded_model())
+            settings = attrs.evolve(settings, base_url=embedded.base_url)
+        model = build_model(settings)
+        stack.push_async_callback(model.aclose)
+        yield model
+
+
+async def _hold(context: AbstractAsyncContextManager[T], task_status: trio.TaskStatus[T]) -> None:
+    """A task that keeps a context open until it is cancelled, and gives what the context gave."""
+    async with context as value:
+        task_status.started(value)
+        await trio.sleep_forever()
+
+
+def _store(stores: list[SessionStore]) -> SessionStore:
+    if not stores:
+        raise OverloadedError("The server is not ready", retry_after=RETRY_AFTER)
+    return stores[0]
+
+
+async def _json_body() -> Any:
+    """The request's body; no body stands for an empty object."""
+    body = await request.get_data()
+    if not body:
+        return {}
+    if not request.is_json:
+        raise UnsupportedMediaType(f"Expected a body of type application/json, got {request.mimetype or 'none'!r}")
+    return loads(body)
+
+
+def _after(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise InvalidParamsError(f"Expected a number that was sent as `seq`, or 0, got {text[:64]!r} - at `after`")
+    return int(text)
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(encode(value), status, headers, content_type="application/json")
+
+
+def _error(error: InferenceError, status: int) -> Response:
+    retry_after = error.data.get("retry_after")
+    headers = {} if retry_after is None else {"Retry-After": str(math.ceil(retry_after))}
+    return _json({"error": error.to_wire()}, status, headers)
