@@ -19,6 +19,7 @@ import trio
 from langchain_core.messages import BaseMessage
 
 from .chat import JsonObject
+from .deltas import Delta
 from .errors import (
     BrokenStreamError,
     InferenceError,
@@ -28,7 +29,7 @@ from .errors import (
     UpstreamTimeoutError,
 )
 from .logs import log_context
-from .messages import Delta, RoundAccumulator, to_langchain
+from .messages import RoundAccumulator, to_langchain
 from .model import ModelRequest
 from .protocol import TaskNotification
 from .settings import Settings

@@ -148,11 +148,12 @@ class Session:
 
     async def wait_for_room(self) -> None:
         while self.outbox.is_full:
-            self._room = self._room or trio.Event()
+            if self._room is None:
+                self._room = trio.Event()
             await self._room.wait()
 
     def _make_room(self) -> None:
-        if self._room and not self.outbox.is_full:
+        if self._room is not None and not self.outbox.is_full:
             self._room.set()
             self._room = None
 

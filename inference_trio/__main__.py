@@ -1,0 +1,69 @@
+"""The command line: ``inference-trio serve``, or ``python -m inference_trio serve``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve as hypercorn_serve
+from quart_trio import QuartTrio
+
+from . import __version__
+from .errors import ConfigurationError
+from .logs import configure_logging
+from .settings import Settings
+
+USAGE_ERROR = 2
+"""Exit status for wrong arguments, as argparse has it, and for wrong settings."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = Settings.load()
+        stop_logging = configure_logging(settings)
+        from .server import create_app  # after the settings: importing LangChain takes two seconds
+
+        app = create_app(settings)
+    except ConfigurationError as error:
+        print(f"inference-trio: {error}", file=sys.stderr)  # noqa: T201
+        return USAGE_ERROR
+    try:
+        trio.run(serve, app, options.host, options.port)
+    except OSError as error:
+        print(f"inference-trio: cannot serve on {options.host}:{options.port}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    finally:
+        stop_logging()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="inference-trio", description="An LLM inference session server.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serving = commands.add_parser(
+        "serve",
+        help="start the server",
+        description="Start the server. It is configured by environment variables, also read from .env.",
+    )
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serving.add_argument("--port", default=8000, type=int, help="port; 0 takes a free one (default: %(default)s)")
+    return parser
+
+
+async def serve(app: QuartTrio, host: str, port: int) -> None:
+    """Serves until SIGINT or SIGTERM. Raises OSError where the address cannot be had."""
+    config = Config()
+    config.bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            server = partial(hypercorn_serve, app, config, shutdown_trigger=partial(anext, signals))
+            addresses = await nursery.start(server)
+            print(f"inference_trio serves at {addresses[0]}, until Ctrl-C", flush=True)  # noqa: T201
