@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import jsonschema_rs
 from msgspec import Meta, Struct
 
-ToolName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
+ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
 NonEmpty = Annotated[str, Meta(min_length=1)]
 JsonObject = dict[str, Any]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
@@ -50,6 +51,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket
     app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes
+    app.config["BACKGROUND_TASK_SHUTDOWN_TIMEOUT"] = None  # what runs in the nursery ends when it is told to
     app.errorhandler(InferenceError)(refuse)
     app.errorhandler(HTTPException)(refuse_http)
     app.errorhandler(Exception)(report_defect)
@@ -127,7 +129,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     async with AsyncExitStack() as stack:
         if settings.provider == "local":
             embedded = await stack.enter_async_context(embedded_model())
-            settings = attrs.evolve(settings, base_url=embedded.base_url)
+            settings = attrs.evolve(settings, base_url=embedded.base_url, api_key=embedded.api_key)
         model = build_model(settings)
         stack.push_async_callback(model.aclose)
         yield model
@@ -159,7 +161,7 @@ async def _json_body() -> Any:
 def _after(text: str | None) -> int | None:
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit()):
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise InvalidParamsError(f"Expected a number that was sent as `seq`, or 0, got {text[:64]!r} - at `after`")
     return int(text)
 

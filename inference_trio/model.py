@@ -1,0 +1,82 @@
+"""The chat model: what the rest of the server knows of LangChain and the providers.
+
+A model's own code blocks, so it runs in a thread of `stream_in_thread`: it makes LangChain's chunks, they become
+deltas, and what it raises becomes an exception of ours, all in the thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import attrs
+import trio
+from langchain_core.messages import AIMessageChunk
+
+from .bridge import stream_in_thread
+from .deltas import Delta, read_deltas
+from .messages import ModelRequest
+from .openai_model import open_openai
+from .providers import open_provider
+from .settings import Settings
+from .upstream_errors import translated
+
+__all__ = ["ChatModel", "ModelRequest", "build_model"]
+
+
+class Source(Protocol):
+    """Where chunks come from."""
+
+    def chunks(self, request: ModelRequest) -> Iterator[tuple[AIMessageChunk, Mapping[str, Any]]]:
+        """The chunks of one call, each with LangChain's generation info. Blocks."""
+
+    async def aclose(self) -> None: ...
+
+
+@attrs.frozen
+class ChatModel:
+    """``name`` is that of the configured model. ``secrets`` are kept out of what errors say."""
+
+    name: str
+    _source: Source
+    _limiter: trio.CapacityLimiter
+    _secrets: tuple[str, ...] = ()
+
+    async def stream(self, request: ModelRequest, receive: Callable[[list[Delta]], Awaitable[None]]) -> None:
+        """Call the model and await ``receive`` with what has come, in order, never with nothing.
+
+        Raises, for whatever the provider did, an InferenceError that says whether another attempt makes sense;
+        InvalidParamsError for a parameter that the provider does not take. Cancelling it closes the request.
+        """
+        await stream_in_thread(partial(self._deltas, request), receive, limiter=self._limiter)
+
+    async def aclose(self) -> None:
+        """Close the connections to the provider."""
+        await self._source.aclose()
+
+    def _deltas(self, request: ModelRequest) -> Iterator[Delta]:
+        has_begun = False
+        try:
+            for delta in read_deltas(self._source.chunks(request)):
+                has_begun = True
+                yield delta
+        except Exception as error:
+            ours = translated(error, has_begun=has_begun, secrets=self._secrets)
+            if ours is error:
+                raise
+            raise ours from error
+
+
+def build_model(settings: Settings) -> ChatModel:
+    """The model that ``settings`` name, not connected yet.
+
+    Raises ConfigurationError where there is no such provider, or a package for it is missing.
+    """
+    open_source = open_openai if settings.provider in ("openai", "local") else open_provider
+    return ChatModel(
+        name=settings.model_name,
+        source=open_source(settings),
+        limiter=trio.CapacityLimiter(settings.max_tasks),
+        secrets=(settings.api_key.reveal(),) if settings.api_key else (),
+    )

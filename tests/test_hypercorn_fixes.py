@@ -1,0 +1,550 @@
+"""What `inference_trio.hypercorn_fixes` promises, over loopback sockets.
+
+Each fix has two tests: one with it, and one named ``test_without_…`` that shows Hypercorn or Quart-Trio as they
+come. When the second one fails, an upgrade has made the fix unnecessary.
+
+The clock runs as usual, and a test moves it on instead of waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import attrs
+import h2.config
+import h2.connection
+import h2.events
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
+import hypercorn.trio.run
+import pytest
+import trio
+from hypercorn.config import Config
+from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.protocol.ws_stream import WSStream
+from hypercorn.trio import serve
+from hypercorn.trio.tcp_server import TCPServer
+from quart import request, websocket
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioWebsocket
+from trio.testing import MockClock, wait_all_tasks_blocked
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import BytesMessage, CloseConnection, Event, Message, Ping, TextMessage
+
+from inference_trio.hypercorn_fixes import LINGER, BoundedWebsocket, ServerLimits, install
+
+MEGABYTE = 2**20
+HOUR = 3600
+LIMITS = ServerLimits(max_message_bytes=1000)
+LARGE = attrs.evolve(LIMITS, max_message_bytes=MEGABYTE)
+HANDSHAKE = (
+    b"GET %s HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n%s\r\n"
+)
+POST = b"POST /length HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
+UNBOUNDED_QUART = hasattr(TrioWebsocket, "buffer_class")  # Quart-Trio 0.13, which buffers without a bound
+
+
+@pytest.fixture(autouse=True)
+def hypercorn_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo whatever was installed before, and afterwards what the test installs."""
+    monkeypatch.setattr(hypercorn.trio.run, "TCPServer", TCPServer)
+    for protocol in (hypercorn.protocol.h11, hypercorn.protocol.h2):
+        monkeypatch.setattr(protocol, "WSStream", WSStream)
+        monkeypatch.setattr(protocol, "HTTPStream", HTTPStream)
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    return MockClock(rate=1)
+
+
+class ToyApp(QuartTrio):
+    """Routes that behave in one way each. ``deaf`` stays until ``leave`` is set; ``ended`` says that it has."""
+
+    websocket_class = BoundedWebsocket
+
+    def __init__(self) -> None:
+        super().__init__("toy")
+        self.config["MAX_CONTENT_LENGTH"] = LIMITS.max_message_bytes
+        self.leave = trio.Event()
+        self.ended = trio.Event()
+        self.post("/length")(self.length)
+        for handler in (self.echo, self.flood, self.deaf):
+            self.websocket(f"/{handler.__name__}")(handler)
+
+    async def length(self) -> str:
+        return str(len(await request.get_data()))
+
+    async def echo(self) -> None:
+        while True:
+            await websocket.send(repr(await websocket.receive()))
+
+    async def flood(self) -> None:
+        try:
+            while not self.ended.is_set():
+                await websocket.send("x" * MEGABYTE)
+                await trio.lowlevel.checkpoint()
+        finally:
+            self.ended.set()
+
+    async def deaf(self) -> None:
+        try:
+            await websocket.accept()
+            await self.leave.wait()
+        finally:
+            self.ended.set()
+
+
+@asynccontextmanager
+async def serving(app: ToyApp, **settings: object) -> AsyncIterator[int]:
+    """Serve ``app``, as the ``hypercorn`` command does, on the port that this yields."""
+    config = Config.from_mapping(bind=["127.0.0.1:0"], errorlog=None)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    async with trio.open_nursery() as nursery:
+        (bind,) = await nursery.start(partial(serve, app, config))
+        yield int(bind.rpartition(":")[2])
+        nursery.cancel_scope.cancel()
+
+
+@attrs.frozen
+class Client:
+    """A WebSocket client that does nothing by itself. ``head`` is the server's answer to the handshake."""
+
+    stream: trio.SocketStream
+    head: bytes
+    connection: Connection
+    dropped: trio.Event = attrs.field(factory=trio.Event)
+
+    async def send(self, event: Event) -> None:
+        await self.stream.send_all(self.connection.send(event))
+
+    async def next(self, *kinds: type[Event]) -> Event | None:
+        """The next event of these kinds, or else the close; ``None`` when the server has closed the socket."""
+        with trio.fail_after(10):
+            while True:
+                for event in self.connection.events():
+                    if isinstance(event, (*kinds, CloseConnection)):
+                        return event
+                data = await self.stream.receive_some()
+                if not data:
+                    return None
+                self.connection.receive_data(data)
+
+    async def message(self) -> str:
+        """The next message, which is text."""
+        event = await self.next(Message)
+        assert isinstance(event, TextMessage)
+        return event.data
+
+    async def close_code(self) -> int:
+        """The code of the close that comes next."""
+        event = await self.next()
+        assert isinstance(event, CloseConnection)
+        return event.code
+
+    async def end_of_file(self) -> None:
+        """The server closes the socket and says nothing before."""
+        assert await self.next(Message) is None
+
+    async def flood(self) -> None:
+        """Send 40 MB, more than the kernel takes, in messages within the limit of `LARGE`."""
+        frame = self.connection.send(BytesMessage(data=bytes(MEGABYTE)))
+        for _ in range(40):
+            await self.stream.send_all(frame)
+
+    async def flood_in_vain(self) -> None:
+        """Set ``dropped`` once the server has closed the socket before it took everything."""
+        with pytest.raises(trio.BrokenResourceError):
+            await self.flood()
+        self.dropped.set()
+
+
+@asynccontextmanager
+async def connected(port: int, path: bytes = b"/echo", headers: bytes = b"") -> AsyncIterator[Client]:
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(HANDSHAKE % (path, headers))
+        received = bytearray()
+        with trio.fail_after(10):
+            while b"\r\n\r\n" not in received:
+                received += await stream.receive_some() or pytest.fail(f"no handshake: {bytes(received)!r}")
+        head, _, rest = bytes(received).partition(b"\r\n\r\n")
+        yield Client(stream, head, Connection(ConnectionType.CLIENT, trailing_data=rest))
+
+
+async def everything(stream: trio.SocketStream) -> bytes:
+    """What comes until the server closes the socket."""
+    with trio.fail_after(10):
+        return b"".join([chunk async for chunk in stream])
+
+
+# A peer that does not read, or says nothing
+
+
+async def test_a_client_that_stops_reading_is_dropped(clock: MockClock) -> None:
+    install(LIMITS)
+    app = ToyApp()
+    async with serving(app) as port, connected(port, b"/flood"):
+        await wait_all_tasks_blocked(0.01)
+        clock.jump(LIMITS.write_timeout)
+        with trio.fail_after(10):
+            await app.ended.wait()
+
+
+async def test_without_a_write_timeout_it_blocks_for_ever(clock: MockClock) -> None:
+    app = ToyApp()
+    async with serving(app, read_timeout=10) as port, connected(port, b"/flood"):
+        await wait_all_tasks_blocked(0.01)
+        clock.jump(HOUR)
+        await wait_all_tasks_blocked(0.01)
+        assert not app.ended.is_set()
+        app.ended.set()
+
+
+async def test_a_silent_peer_is_dropped(clock: MockClock) -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, connected(port) as client:
+        await wait_all_tasks_blocked()
+        clock.jump(LIMITS.pong_timeout)
+        await client.end_of_file()
+
+
+async def test_without_a_pong_timeout_a_silent_peer_stays(clock: MockClock) -> None:
+    async with serving(ToyApp(), websocket_ping_interval=20) as port, connected(port) as client:
+        await wait_all_tasks_blocked()
+        clock.jump(HOUR)
+        with pytest.raises(trio.TooSlowError), trio.fail_after(0.5):
+            await client.end_of_file()
+
+
+async def test_a_peer_that_answers_pings_stays(clock: MockClock) -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, connected(port) as client:
+        for _ in range(10):
+            ping = await client.next(Ping)
+            assert isinstance(ping, Ping)
+            await client.send(ping.response())
+            await wait_all_tasks_blocked(0.01)
+            clock.jump(LIMITS.ping_interval)
+
+
+async def test_headers_that_trickle_in_are_not_waited_for(clock: MockClock) -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        for byte in b"GET /":
+            await stream.send_all(bytes([byte]))
+            await wait_all_tasks_blocked(0.01)
+            clock.jump(LIMITS.header_timeout / 5)
+        assert await everything(stream) == b""
+
+
+async def test_a_connection_kept_alive_is_closed_in_time(clock: MockClock) -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(POST % b"Content-Length: 0\r\n")
+        assert await stream.receive_some()
+        await wait_all_tasks_blocked(0.01)
+        clock.jump(LIMITS.header_timeout)
+        await everything(stream)
+
+
+async def test_without_it_a_connection_kept_alive_stays(clock: MockClock) -> None:
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(POST % b"Content-Length: 0\r\n")
+        assert await stream.receive_some()
+        await wait_all_tasks_blocked(0.01)
+        clock.jump(HOUR)
+        with pytest.raises(trio.TooSlowError), trio.fail_after(0.5):
+            await everything(stream)
+
+
+# Messages
+
+
+async def test_a_message_of_the_largest_size_arrives() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, connected(port) as client:
+        await client.send(TextMessage(data="é" * 500))
+        assert await client.message() == repr("é" * 500)
+
+
+@pytest.mark.parametrize("message", ["x" * 1001, "é" * 501, b"x" * 1001, "x" * 20 * MEGABYTE])
+async def test_a_message_over_the_limit_closes_with_1009_and_closes_the_socket(message: str | bytes) -> None:
+    install(LIMITS)
+    event: Message = TextMessage(data=message) if isinstance(message, str) else BytesMessage(data=message)
+    async with serving(ToyApp()) as port, connected(port) as client:
+        await client.send(event)
+        assert await client.close_code() == 1009
+        await client.end_of_file()
+
+
+async def test_without_it_the_socket_stays_open_after_1009_and_characters_count() -> None:
+    async with serving(ToyApp(), websocket_max_message_size=1000) as port, connected(port) as client:
+        await client.send(TextMessage(data="é" * 1000))
+        assert await client.message() == repr("é" * 1000)
+        await client.send(TextMessage(data="é" * 1001))
+        assert await client.close_code() == 1009
+        with pytest.raises(trio.TooSlowError), trio.fail_after(0.5):
+            await client.end_of_file()
+
+
+async def test_compression_is_not_accepted() -> None:
+    install(LIMITS)
+    offer = b"Sec-WebSocket-Extensions: permessage-deflate\r\n"
+    async with serving(ToyApp()) as port, connected(port, headers=offer) as client:
+        assert b"extensions" not in client.head.lower()
+        await client.send(TextMessage(data="plain"))
+        assert await client.message() == "'plain'"
+
+
+async def test_without_it_compression_is_accepted() -> None:
+    offer = b"Sec-WebSocket-Extensions: permessage-deflate\r\n"
+    async with serving(ToyApp()) as port, connected(port, headers=offer) as client:
+        assert b"permessage-deflate" in client.head
+
+
+@pytest.mark.parametrize(
+    ("message", "echo"),
+    [(TextMessage(data=""), "''"), (BytesMessage(data=b"\xff"), r"b'\xff'"), (BytesMessage(data=b""), "b''")],
+)
+async def test_text_and_bytes_arrive_as_what_they_are(message: Message, echo: str) -> None:
+    async with serving(ToyApp()) as port, connected(port) as client:
+        await client.send(message)
+        assert await client.message() == echo
+
+
+async def test_without_it_an_empty_binary_message_arrives_as_none() -> None:
+    app = ToyApp()
+    app.websocket_class = TrioWebsocket
+    async with serving(app) as port, connected(port) as client:
+        await client.send(BytesMessage(data=b""))
+        assert await client.message() == "None"
+
+
+BAD_FRAMES = {
+    "text that is not UTF-8": (b"\x81\x81\0\0\0\0\xff", 1007),
+    "no mask": (b"\x81\x01a", 1002),
+    "an unknown opcode": (b"\x83\x80\0\0\0\0", 1002),
+    "a ping in fragments": (b"\x09\x80\0\0\0\0", 1002),
+    "a reserved bit": (b"\xc1\x81\0\0\0\0a", 1002),
+    "a continuation of nothing": (b"\x80\x80\0\0\0\0", 1002),
+    "a close frame of one byte": (b"\x88\x81\0\0\0\0a", 1002),
+}
+
+
+@pytest.mark.parametrize(("frame", "code"), BAD_FRAMES.values(), ids=BAD_FRAMES.keys())
+async def test_a_bad_frame_closes_with_the_code_of_rfc_6455(frame: bytes, code: int) -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, connected(port) as client:
+        await client.stream.send_all(frame)
+        assert await client.close_code() == code
+        await client.end_of_file()
+
+
+async def test_without_it_a_bad_frame_closes_without_a_close_frame() -> None:
+    app = ToyApp()
+    app.log_exception = lambda *args: None  # type: ignore[method-assign]
+    async with serving(app) as port, connected(port) as client:
+        await client.stream.send_all(BAD_FRAMES["no mask"][0])
+        await client.end_of_file()
+
+
+async def test_a_close_of_the_peer_is_answered_with_its_code() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, connected(port) as client:
+        await client.send(CloseConnection(code=4000))
+        assert await client.close_code() == 4000
+        await client.end_of_file()
+
+
+# An application that does not read
+
+
+async def test_an_application_that_does_not_read_makes_its_peer_wait_and_is_cancelled(clock: MockClock) -> None:
+    install(LARGE)
+    app = ToyApp()
+    async with trio.open_nursery() as nursery, serving(app) as port, connected(port, b"/deaf") as client:
+        nursery.start_soon(client.flood_in_vain)
+        await wait_all_tasks_blocked(0.01)
+        assert not app.ended.is_set()
+        clock.jump(LIMITS.pong_timeout)
+        await wait_all_tasks_blocked(0.01)
+        clock.jump(LINGER)
+        with trio.fail_after(10):
+            await app.ended.wait()
+            await client.dropped.wait()
+
+
+@pytest.mark.skipif(not UNBOUNDED_QUART, reason="Quart-Trio 0.12 keeps ten messages")
+async def test_without_a_bounded_websocket_everything_is_buffered() -> None:
+    install(LARGE)
+    app = ToyApp()
+    app.websocket_class = TrioWebsocket
+    async with serving(app) as port, connected(port, b"/deaf") as client:
+        with trio.fail_after(30):
+            await client.flood()
+
+
+async def test_a_handler_that_returns_ends_the_connection_although_messages_wait(clock: MockClock) -> None:
+    install(LARGE)
+    app = ToyApp()
+    async with trio.open_nursery() as nursery, serving(app) as port, connected(port, b"/deaf") as client:
+        nursery.start_soon(client.flood_in_vain)
+        await wait_all_tasks_blocked(0.01)
+        app.leave.set()
+        assert await client.close_code() == 1000
+        await wait_all_tasks_blocked(0.01)
+        clock.jump(LINGER)
+        with trio.fail_after(10):
+            await client.dropped.wait()
+
+
+async def test_without_it_the_connection_stays(clock: MockClock) -> None:
+    app = ToyApp()
+    async with serving(app) as port, connected(port, b"/deaf") as client, trio.open_nursery() as nursery:
+        nursery.start_soon(client.flood)
+        await wait_all_tasks_blocked(0.01)
+        app.leave.set()
+        assert await client.close_code() == 1000
+        await wait_all_tasks_blocked(0.01)
+        clock.jump(HOUR)
+        await wait_all_tasks_blocked(0.01)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_leaves_no_task_behind() -> None:
+    install(LIMITS)
+    assert await tasks_left_by_a_connection() == 0
+
+
+async def test_without_it_the_timer_of_pings_stays_a_while() -> None:
+    assert await tasks_left_by_a_connection(websocket_ping_interval=20) > 0
+
+
+async def tasks_left_by_a_connection(**settings: object) -> int:
+    async with serving(ToyApp(), **settings) as port:
+        await wait_all_tasks_blocked(0.01)
+        before = trio.lowlevel.current_statistics().tasks_living
+        async with connected(port) as client:
+            await client.send(CloseConnection(code=1000))
+            assert await client.close_code() == 1000
+            await client.end_of_file()
+        await wait_all_tasks_blocked(0.01)
+        return trio.lowlevel.current_statistics().tasks_living - before
+
+
+# Errors inside Hypercorn
+
+
+async def test_a_connection_that_fails_is_logged_and_leaves_the_others_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    install(LIMITS)
+    async with serving(ToyApp(), errorlog=logging.getLogger("hypercorn.error")) as port:
+        await send_handshake_that_is_not_ascii(port)
+        async with connected(port) as client:
+            await client.send(TextMessage(data="still here"))
+            assert await client.message() == "'still here'"
+    assert "A connection failed" in caplog.messages
+    assert "UnicodeDecodeError" in caplog.text
+
+
+async def test_late_data_of_http2_leaves_the_others_alone() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port:
+        await send_data_after_the_response(port)
+        async with connected(port) as client:
+            await client.send(TextMessage(data="still here"))
+            assert await client.message() == "'still here'"
+
+
+async def test_without_it_one_handshake_ends_the_whole_server() -> None:
+    with pytest.RaisesGroup(UnicodeDecodeError, flatten_subgroups=True):
+        await until_the_server_ends(send_handshake_that_is_not_ascii)
+
+
+async def test_without_it_late_data_of_http2_ends_the_whole_server() -> None:
+    with pytest.RaisesGroup(KeyError, flatten_subgroups=True):
+        await until_the_server_ends(send_data_after_the_response)
+
+
+async def until_the_server_ends(attack: Callable[[int], Awaitable[None]]) -> None:
+    with trio.fail_after(10):
+        async with serving(ToyApp()) as port:
+            await attack(port)
+            await trio.sleep_forever()
+
+
+async def send_handshake_that_is_not_ascii(port: int) -> None:
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(HANDSHAKE % (b"/echo", b"Sec-WebSocket-Protocol: \xff\r\n"))
+        assert await everything(stream) == b""
+
+
+async def send_data_after_the_response(port: int) -> None:
+    connection = h2.connection.H2Connection(h2.config.H2Configuration())
+    connection.initiate_connection()
+    headers = {":method": "POST", ":path": "/unknown", ":scheme": "http", ":authority": "localhost"}
+    connection.send_headers(1, list(headers.items()))
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(connection.data_to_send())
+        events: list[h2.events.Event] = []
+        while not any(isinstance(event, h2.events.StreamEnded) for event in events):
+            events += connection.receive_data(await stream.receive_some())
+        connection.send_data(1, b"late")
+        await stream.send_all(connection.data_to_send())
+        await wait_all_tasks_blocked(0.01)
+
+
+# Bodies
+
+
+CHUNKED = POST % b"Transfer-Encoding: chunked\r\n"
+CHUNK = b"3e8\r\n" + b"x" * 1000 + b"\r\n"
+
+
+async def test_a_body_of_the_largest_size_arrives() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(POST % b"Connection: close\r\nTransfer-Encoding: chunked\r\n" + CHUNK + b"0\r\n\r\n")
+        assert (await everything(stream)).endswith(b"\r\n\r\n1000")
+
+
+async def test_a_body_without_an_end_is_refused_once_it_is_over_the_limit() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(CHUNKED + CHUNK + b"1\r\nx\r\n")
+        assert (await everything(stream)).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.skipif(not UNBOUNDED_QUART, reason="Quart 0.22 counts while the body comes")
+async def test_without_it_a_body_without_an_end_is_not_refused() -> None:
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(CHUNKED + CHUNK + CHUNK)
+        with pytest.raises(trio.TooSlowError), trio.fail_after(0.5):
+            await stream.receive_some()
+
+
+LARGE_BODY = POST % b"Content-Length: 20971520\r\n" + bytes(20 * MEGABYTE)
+
+
+async def test_a_client_that_sends_its_large_body_to_the_end_still_sees_413() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(LARGE_BODY)
+        assert (await everything(stream)).startswith(b"HTTP/1.1 413")
+
+
+# Installing
+
+
+async def test_the_limits_of_the_last_install_count() -> None:
+    install(attrs.evolve(LIMITS, max_message_bytes=1))
+    install(LIMITS)
+    async with serving(ToyApp()) as port, connected(port) as client:
+        await client.send(TextMessage(data="more than one"))
+        assert await client.message() == "'more than one'"
