@@ -7,6 +7,7 @@ method's type. Rules come from the JSON-RPC 2.0 specification unless another sou
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -93,18 +94,15 @@ def loads(data: str | bytes) -> Any:
 
 
 def _is_deeper_than(value: Any, depth: int) -> bool:
-    level = [value]
-    for _ in range(depth + 1):
-        level = [child for node in level for child in _children(node)]
-        if not level:
-            return False
-    return True
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        level = [child for parent in level for child in _containers_in(parent)]
+    return bool(level)
 
 
-def _children(node: Any) -> Iterator[Any]:
-    if isinstance(node, dict):
-        return iter(node.values())
-    return iter(node) if isinstance(node, list) else iter(())
+def _containers_in(parent: Any) -> Iterator[Any]:
+    children = parent.values() if isinstance(parent, dict) else parent
+    return (child for child in children if isinstance(child, dict | list))
 
 
 def _decode_request(value: Any) -> Iterator[Call | Invalid]:
@@ -158,20 +156,22 @@ def convert(value: Any, to: type[T], root: str) -> T:
         raise InvalidParamsError(_with_path(str(error), root)) from error
 
 
-_CHOICES = {
-    "role": "system, developer, user, assistant or tool",
-    "type": "text, image_url, input_audio or file",
-    "tool_choice": "none, auto, required or an object that names a function",
-}
+_CHOICES = (
+    (".role", "system, developer, user, assistant or tool"),
+    (r"\.content\[\d+\]\.type|message\[\d+\]\.type", "text, image_url, input_audio, file or refusal"),
+    (".type", "function"),
+    (".tool_choice", "none, auto, required or an object that names a function"),
+)
 
 
 def _with_path(message: str, root: str) -> str:
-    if "`$" not in message:
+    what, found, path = message.rpartition(" - at `$")
+    if not found:
         return f"{message} - at `{root}`"
-    field = re.search(r"(\w+)`$", message)
-    if message.startswith("Invalid ") and field and field[1] in _CHOICES:
-        message = message.replace(" - at", f", expected {_CHOICES[field[1]]} - at")
-    return message.replace("`$", f"`{root}")
+    if what.startswith("Invalid "):
+        choices = (choice for ending, choice in _CHOICES if re.search(f"(?:{ending})`$", path))
+        what += "".join(f", expected {choice}" for choice in itertools.islice(choices, 1))
+    return f"{what} - at `{root}{path}"
 
 
 def response(request_id: RequestId, result: Any) -> JsonObject:

@@ -88,6 +88,7 @@ class Outbox:
             self.latest_seq += 1
             self._unsent.append(Entry(self.latest_seq, note, added))
         self._unsent_bytes += added
+        self._forget()
 
     def take(self) -> Entry | None:
         """The next notification to be sent, if there is one; it counts as sent from now on."""
@@ -119,9 +120,12 @@ class Outbox:
         self._unsent_bytes -= entry.size
         self._sent.append(entry)
         self._sent_bytes += entry.size
+        self._forget()
+        return entry
+
+    def _forget(self) -> None:
         while self._sent_bytes > self.limit // 2 and self._sent[0].seq < self.latest_seq:
             self._sent_bytes -= self._sent.popleft().size
-        return entry
 
 
 def _continues(newest: Entry, note: TextChunk | ReasoningChunk) -> bool:

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import attrs
-import msgspec
 
 from .chat import JsonObject
 from .deltas import ToolCallDelta, well_formed
+from .errors import ParseError
+from .jsonrpc import MAX_DEPTH, loads
 from .task import ToolCall
-
-MAX_ARGUMENT_DEPTH = 100
-"""Levels of nesting in the arguments of a call: what clients' JSON parsers take."""
 
 
 @attrs.define
@@ -107,26 +104,12 @@ def parse_arguments(arguments: str) -> JsonObject:
     try:
         # Pieces may have been cut within a surrogate pair: UTF-16 joins them and refuses lone ones.
         text = arguments.encode("utf-16", "surrogatepass").decode("utf-16")
-        parsed = msgspec.json.decode(text if text.strip() else "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError("they are not valid JSON") from error
+        parsed = loads(text if text.strip() else "{}")
+    except (UnicodeError, ParseError) as error:
+        raise ValueError(f"they are not JSON nested at most {MAX_DEPTH} deep") from error
     if not isinstance(parsed, dict):
         raise ValueError("they are another JSON value")  # noqa: TRY004 - the value is wrong, not our type
-    if _is_deeper_than(MAX_ARGUMENT_DEPTH, parsed):
-        raise ValueError(f"they are nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     return parsed
-
-
-def _is_deeper_than(limit: int, value: Any) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [child for parent in level for child in _containers_in(parent)]
-    return bool(level)
-
-
-def _containers_in(parent: Any) -> Iterator[Any]:
-    children = parent.values() if isinstance(parent, dict) else parent
-    return (child for child in children if isinstance(child, dict | list))
 
 
 def _is_usable(call_id: str) -> bool:

@@ -317,7 +317,7 @@ def test_the_methods_and_notifications_have_the_names_of_the_protocol() -> None:
     assert list(METHODS) == ["generate", "tool_result", "cancel", "rpc.discover"]
     of_tasks = [kind.method for kind in NOTIFICATIONS if issubclass(kind, TaskNotification)]
     assert of_tasks == ["text_chunk", "reasoning_chunk", "function_call_request", "end", "error"]
-    assert [kind.method for kind in NOTIFICATIONS if kind.method not in of_tasks] == ["resumed", "draining"]
+    assert [kind.method for kind in NOTIFICATIONS if kind.method not in of_tasks] == ["resumed"]
 
 
 def test_params_are_immutable() -> None:

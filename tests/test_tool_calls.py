@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_trio.deltas import ToolCallDelta
+from inference_trio.jsonrpc import MAX_DEPTH
 from inference_trio.task import ToolCall
-from inference_trio.tool_calls import MAX_ARGUMENT_DEPTH, ToolCallAssembler, parse_arguments
+from inference_trio.tool_calls import ToolCallAssembler, parse_arguments
 
 Piece = ToolCallDelta
 OFFERED = ("weather", "time")
@@ -179,8 +180,8 @@ def test_a_name_that_cannot_be_encoded_does_not_get_through() -> None:
         '{"a": "\\ud800"}',
         '{"a": "\ud800"}',
         "\ufeff{}",
-        '{"a":' * (MAX_ARGUMENT_DEPTH + 1) + "1" + "}" * (MAX_ARGUMENT_DEPTH + 1),
-        '{"a":' + "[" * MAX_ARGUMENT_DEPTH + "]" * MAX_ARGUMENT_DEPTH + "}",
+        '{"a":' * (MAX_DEPTH + 1) + "1" + "}" * (MAX_DEPTH + 1),
+        '{"a":' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}",
         "[" * 100_000 + "]" * 100_000,
     ],
 )
@@ -209,5 +210,5 @@ def test_a_json_object_is_taken(arguments: str, parsed: dict[str, object]) -> No
 
 
 def test_arguments_may_be_nested_up_to_the_limit() -> None:
-    text = '{"a":' + "[" * (MAX_ARGUMENT_DEPTH - 1) + "]" * (MAX_ARGUMENT_DEPTH - 1) + "}"
+    text = '{"a":' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
     assert parse_arguments(text)
