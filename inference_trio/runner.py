@@ -246,7 +246,8 @@ def _delay_before_next(error: InferenceError, attempt: int) -> float | None:
     asked: float = error.data.get("retry_after") or 0.0
     if not error.retryable or asked > LONGEST_WAIT:
         return None
-    return max(asked, random.uniform(0.5, 1.0) * min(8.0, 0.5 * 2**attempt))  # noqa: S311 (jitter, not a secret)
+    backoff: float = min(8.0, 0.5 * 2**attempt)
+    return max(asked, backoff * random.uniform(0.5, 1.0))  # noqa: S311 (jitter, not a secret)
 
 
 def _text_events(deltas: list[Delta]) -> Iterator[Event]:

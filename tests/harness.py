@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -114,9 +113,12 @@ class Server:
     @asynccontextmanager
     async def connect(self, session_id: str, query: str = "") -> AsyncIterator[Client]:
         url = f"{self.url.replace('http', 'ws')}/ws/{session_id}{query}"
-        with trio.fail_after(math.inf):
-            async with trio_websocket.open_websocket_url(url, max_message_size=2**26) as socket:
+        async with trio_websocket.open_websocket_url(url, max_message_size=2**26) as socket:
+            try:
                 yield Client(socket, session_id)
+            finally:
+                if socket.closed:  # by the server, in which case trio-websocket may leave its end open
+                    await trio.aclose_forcefully(socket._stream)
 
     @asynccontextmanager
     async def client(self, **body: Any) -> AsyncIterator[Client]:

@@ -58,7 +58,7 @@ class Round:
             self.accumulator.add(delta)
         self.arrived.set()
 
-    async def run(self, model: ChatModel, **request: Any) -> RoundFinished | ToolCallsRequested:
+    async def run(self, model: ChatModel, /, **request: Any) -> RoundFinished | ToolCallsRequested:
         with trio.fail_after(30):
             await model.stream(ModelRequest(HELLO, **request), self.receive)
         return self.accumulator.finish(["weather", "time"])

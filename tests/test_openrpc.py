@@ -173,8 +173,12 @@ def test_the_params_are_the_fields_of_the_type(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "result"),
-    [("generate", Started("s", "t", "streaming")), ("tool_result", Accepted("t", ["c"], [], "streaming"))]
-    + [("cancel", Cancelled(["t"])), ("rpc.discover", document())],
+    [
+        ("generate", Started("s", "t", "streaming")),
+        ("tool_result", Accepted("t", ["c"], [], "streaming")),
+        ("cancel", Cancelled(["t"])),
+        ("rpc.discover", document()),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_answer_is_what_the_result_says(method: str, result: Any) -> None:

@@ -129,7 +129,7 @@ def test_an_event_leads_where_the_table_says_or_raises_and_changes_nothing(state
         (S.STREAMING, [calls(A, B), results("a")], S.AWAITING_TOOLS),
     ],
 )
-def test_every_state_that_the_table_names_is_reached(state: TaskState, events: list[Event], expected: TaskState) -> None:
+def test_every_state_of_the_table_is_reached(state: TaskState, events: list[Event], expected: TaskState) -> None:
     assert task_after(*REACHED[state], *events, max_tool_rounds=2).state is expected
 
 
