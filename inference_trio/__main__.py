@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,14 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"inference-trio: {error}", file=sys.stderr)  # noqa: T201
         return USAGE_ERROR
+    status = 0
     try:
         trio.run(serve, app, options.host, options.port)
-    except OSError as error:
-        print(f"inference-trio: cannot serve on {options.host}:{options.port}: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+    except* OSError as group:
+        reason = group.exceptions[0]
+        while isinstance(reason, ExceptionGroup):
+            reason = reason.exceptions[0]
+        print(f"inference-trio: cannot serve on {options.host}:{options.port}: {reason}", file=sys.stderr)  # noqa: T201
+        status = 1
     finally:
         stop_logging()
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,11 +64,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def serve(app: QuartTrio, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM. Raises OSError where the address cannot be had."""
+    """Serves until SIGINT or SIGTERM. Raises OSError, in a group, where the address cannot be had."""
     config = Config()
     config.bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.errorlog.setLevel(logging.WARNING)  # what it says at the start is said below
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             server = partial(hypercorn_serve, app, config, shutdown_trigger=partial(anext, signals))
             addresses = await nursery.start(server)
             print(f"inference_trio serves at {addresses[0]}, until Ctrl-C", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,34 +1,30 @@
-"""The app for ``hypercorn inference_trio.app:app --worker-class trio``: the settings' composition root.
+"""The app for ``hypercorn inference_trio.app:app --worker-class trio``.
 
-Importing this module reads the settings and starts the log. Where the settings are wrong it ends the process with one
-line on stderr: under Hypercorn an exception would show as a traceback, and after the port was bound.
+Importing this module reads the settings and starts the log. Where the settings are wrong it ends the process, with one
+line on stderr: under Hypercorn an exception would show as a traceback.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
 
 from quart_trio import QuartTrio
 
 from .errors import ConfigurationError
 from .logs import configure_logging
-from .server import create_app
 from .settings import Settings
-
-
-def _end(error: ConfigurationError) -> NoReturn:
-    print(f"inference_trio: {error}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(2)
 
 
 def _compose() -> QuartTrio:
     try:
         settings = Settings.load()
         configure_logging(settings)
+        from .server import create_app  # after the settings: importing LangChain takes two seconds
+
         return create_app(settings)
     except ConfigurationError as error:
-        _end(error)
+        print(f"inference_trio: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
 
 
 app = _compose()

@@ -36,7 +36,7 @@ _FILE_BYTES = 10_000_000
 _OLD_FILES = 5
 _SESSION_CHARACTERS = 8  # enough to tell sessions apart; a whole id is a credential
 _SHORTEST_KEY = 6  # what is shorter is no key but a stand-in such as "none", and a common word
-_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({})))
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message"}  # set by formatters
 
 _context: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar("log_context", default=None)
 

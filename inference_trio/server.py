@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 import attrs
@@ -31,8 +31,8 @@ from .errors import (
 )
 from .hypercorn_fixes import BoundedWebsocket, ServerLimits, install
 from .jsonrpc import convert, encode, loads
-from .local_model import embedded_model
-from .model import build_model
+from .local_model import embedded_model, find_weights
+from .model import ChatModel, build_model
 from .protocol import Created, CreateSession
 from .runner import Model
 from .session import RETRY_AFTER, SessionStore
@@ -46,7 +46,11 @@ _STATUS = {ParseError: 400, InvalidParamsError: 422, OverloadedError: 503}
 
 
 def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
-    """The app for these settings; ``model`` stands in for the one that the settings name."""
+    """The app for these settings; ``model`` stands in for the one that the settings name.
+
+    Raises ConfigurationError where a package that the settings need is not there.
+    """
+    opening = nullcontext(model) if model else open_model(settings)
     install(ServerLimits(max_message_bytes=settings.max_message_bytes))
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket
@@ -55,7 +59,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     app.errorhandler(InferenceError)(refuse)
     app.errorhandler(HTTPException)(refuse_http)
     app.errorhandler(Exception)(report_defect)
-    Service(settings, model).register(app)
+    Service(settings, opening).register(app)
     return app
 
 
@@ -64,12 +68,12 @@ class Service:
     """The routes, and what they need from start to end of serving."""
 
     settings: Settings
-    model: Model | None
+    opening_model: AbstractAsyncContextManager[Model]
     _store: SessionStore | None = None
 
     def register(self, app: QuartTrio) -> None:
         async def start() -> None:
-            model = self.model or await app.nursery.start(_hold, open_model(self.settings))
+            model: Model = await app.nursery.start(_hold, self.opening_model)
             self._store = SessionStore(self.settings, model, app.nursery)
 
         app.before_serving(start)
@@ -123,16 +127,31 @@ async def report_defect(error: Exception) -> Response:
     return _error(InternalError("The server has a defect; its log has the details"), 500)
 
 
+def open_model(settings: Settings) -> AbstractAsyncContextManager[Model]:
+    """The chat model that the settings name, for as long as the context lasts.
+
+    Raises ConfigurationError, when it is called and not only when it is entered.
+    """
+    if settings.provider != "local":
+        return _closing(build_model(settings))
+    find_weights()
+    return _embedded(settings)
+
+
 @asynccontextmanager
-async def open_model(settings: Settings) -> AsyncIterator[Model]:
-    """The chat model that the settings name, for as long as the context lasts."""
-    async with AsyncExitStack() as stack:
-        if settings.provider == "local":
-            embedded = await stack.enter_async_context(embedded_model())
-            settings = attrs.evolve(settings, base_url=embedded.base_url, api_key=embedded.api_key)
-        model = build_model(settings)
-        stack.push_async_callback(model.aclose)
+async def _closing(model: ChatModel) -> AsyncIterator[Model]:
+    try:
         yield model
+    finally:
+        await model.aclose()
+
+
+@asynccontextmanager
+async def _embedded(settings: Settings) -> AsyncIterator[Model]:
+    async with embedded_model() as embedded:
+        endpoint = attrs.evolve(settings, base_url=embedded.base_url, api_key=embedded.api_key)
+        async with _closing(build_model(endpoint)) as model:
+            yield model
 
 
 async def _hold(context: AbstractAsyncContextManager[T], task_status: trio.TaskStatus[T]) -> None:
