@@ -227,6 +227,7 @@ class Runner:
     def _log_end(self) -> None:
         now = trio.current_time()
         usage = self.task.usage
+        content = {"conversation": self.conversation, "answer": self.task.text} if self.settings.log_content else {}
         logger.info(
             "task ended",
             extra={
@@ -237,6 +238,7 @@ class Runner:
                 "output_tokens": usage and usage.output_tokens,
                 "first_token_s": self._first_delta_at and round(self._first_delta_at - self._started_at, 3),
                 "duration_s": round(now - self._started_at, 3),
+                **content,
             },
         )
 

@@ -371,3 +371,10 @@ async def test_one_line_tells_how_the_task_ended(caplog: pytest.LogCaptureFixtur
     (record,) = [record for record in caplog.records if record.getMessage().startswith("task ended")]
     assert (record.model, record.state, record.rounds, record.output_tokens) == ("fake", "done", 1, 5)
     assert "secret answer" not in caplog.text
+
+
+async def test_prompt_and_answer_are_logged_only_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="inference_trio")
+    await run([text("the answer"), finish()], log_content=True)
+    (record,) = [record for record in caplog.records if record.getMessage().startswith("task ended")]
+    assert (record.conversation, record.answer) == ([{"role": "user", "content": "hi"}], "the answer")

@@ -351,7 +351,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
     dotenv.write_bytes(b"DEEPSEEK_API_KEY=sk-\xff\n")
     with pytest.raises(ConfigurationError, match=r"\.env cannot be read: it is not UTF-8") as caught:
         Settings.load({}, dotenv)
-    assert caught.value.__suppress_context__
+    assert caught.value.__cause__ is None
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
