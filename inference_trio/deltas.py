@@ -122,9 +122,7 @@ def _text_of_blocks(message: AIMessageChunk) -> tuple[str, str]:
 
 
 def _tool_call_delta(chunk: Mapping[str, Any]) -> ToolCallDelta:
-    return ToolCallDelta(
-        chunk.get("index"), chunk.get("id") or "", chunk.get("name") or "", chunk.get("args") or ""
-    )
+    return ToolCallDelta(chunk.get("index"), chunk.get("id") or "", chunk.get("name") or "", chunk.get("args") or "")
 
 
 _FINISH_REASON_KEYS = ("finish_reason", "stop_reason", "done_reason", "stopReason")

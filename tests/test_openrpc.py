@@ -194,9 +194,7 @@ NOTES: list[Notification] = [
     TextChunk(task_id="t", chunk="Hi"),
     ReasoningChunk(task_id="t", chunk="Hm"),
     CALL,
-    End(
-        task_id="t", status_message="completed", final_text="Hi", finish_reason="stop", usage=USAGE, messages=MESSAGES
-    ),
+    End(task_id="t", status_message="completed", final_text="Hi", finish_reason="stop", usage=USAGE, messages=MESSAGES),
     End(task_id="t", status_message="cancelled", final_text="", finish_reason=None, usage=None, messages=[]),
     Error(task_id="t", error=UpstreamError("It failed", status=500).to_wire()),
     Resumed(after=0, oldest_seq=1, latest_seq=0, gap=False, tasks=[]),

@@ -328,7 +328,5 @@ class OutboxMachine(RuleBasedStateMachine):
             assert sum(entry.size for entry in kept) <= self.limit + kept[-1].size
 
 
-OutboxMachine.TestCase.settings = settings(
-    deadline=None, derandomize=True, max_examples=100, stateful_step_count=40
-)
+OutboxMachine.TestCase.settings = settings(deadline=None, derandomize=True, max_examples=100, stateful_step_count=40)
 TestOutboxMachine = OutboxMachine.TestCase
