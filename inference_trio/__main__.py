@@ -7,11 +7,10 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from functools import partial
 
+import hypercorn.trio
 import trio
 from hypercorn.config import Config
-from hypercorn.trio import serve as hypercorn_serve
 from quart_trio import QuartTrio
 
 from . import __version__
@@ -64,16 +63,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def serve(app: QuartTrio, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM. Raises OSError, in a group, where the address cannot be had."""
+    """Serves until SIGINT or SIGTERM, and then lets what runs come to its end; a second one ends that at once.
+
+    Raises OSError, in a group, where the address cannot be had.
+    """
     config = Config()
     config.bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
     config.errorlog = logging.getLogger("hypercorn.error")
     config.errorlog.setLevel(logging.WARNING)  # what it says at the start is said below
+    told = trio.Event()
+
+    async def run(nursery: trio.Nursery, task_status: trio.TaskStatus[list[str]]) -> None:
+        await hypercorn.trio.serve(app, config, shutdown_trigger=told.wait, task_status=task_status)
+        nursery.cancel_scope.cancel()
+
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            server = partial(hypercorn_serve, app, config, shutdown_trigger=partial(anext, signals))
-            addresses = await nursery.start(server)
+            addresses = await nursery.start(run, nursery)
             print(f"inference_trio serves at {addresses[0]}, until Ctrl-C", flush=True)  # noqa: T201
+            await anext(signals)
+            told.set()
+            await anext(signals)
+            nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":

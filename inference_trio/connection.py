@@ -23,7 +23,7 @@ from . import openrpc
 from .chat import JsonObject
 from .errors import InferenceError, InternalError
 from .jsonrpc import Call, Frame, Invalid, decode, encode, failure, notification, response
-from .protocol import Cancel, Cancelled, Generate, Resumed, ToolResult
+from .protocol import Cancel, Cancelled, Generate, Notification, ToolResult
 from .runner import Runner
 from .session import Session
 from .task import TaskState
@@ -72,11 +72,10 @@ class Connection:
     _awake: trio.Event = attrs.field(factory=trio.Event)
     _sent: trio.Event = attrs.field(factory=trio.Event)
     _close_code: int | None = None
+    closed: trio.Event = attrs.field(factory=trio.Event)
 
-    async def run(self, resumed: Resumed | None) -> None:
+    async def run(self) -> None:
         """Serves the connection, which is attached to its session, until it is closed from either side."""
-        if resumed:
-            self._enqueue(notification(self.session.id, resumed))
         try:
             await self.websocket.accept()
             async with trio.open_nursery() as nursery:
@@ -88,9 +87,13 @@ class Connection:
             await self.websocket.close(INTERNAL_ERROR)
         finally:
             self.session.detach(self)
+            self.closed.set()
 
     def wake(self) -> None:
         self._awake.set()
+
+    def tell(self, note: Notification) -> None:
+        self._enqueue(notification(self.session.id, note))
 
     def close(self, code: int) -> None:
         self._close_code = code
@@ -153,7 +156,7 @@ class Connection:
         while self._close_code is None:
             await self._awake.wait()
             self._awake = trio.Event()
-            while self._close_code is None and (text := self._next()):
+            while text := self._next():
                 await trio.lowlevel.checkpoint()
                 await self.websocket.send(text)
         await self.websocket.close(self._close_code)

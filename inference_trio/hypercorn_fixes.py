@@ -35,6 +35,7 @@ from typing import Any
 import attrs
 import hypercorn.protocol.h2
 import hypercorn.protocol.h11
+import hypercorn.trio
 import hypercorn.trio.run
 import trio
 from hypercorn.config import Config
@@ -52,6 +53,11 @@ from wsproto.frame_protocol import CloseReason
 
 LINGER = 5.0
 """Seconds for which a connection that we close is still read, and an application is told that it ended."""
+
+STOPPING_TIME = 0.5
+"""Seconds that connections have to end by themselves when Hypercorn stops."""
+
+_worker_serve = hypercorn.trio.run.worker_serve
 
 QUEUED_MESSAGES = 4
 """Messages waiting for a handler in `BoundedWebsocket`."""
@@ -85,12 +91,29 @@ class ServerLimits:
         config.max_app_queue_size = 1
 
 
-def install(limits: ServerLimits) -> None:
-    """Make Hypercorn's Trio worker use these fixes in this process. The last call's limits count."""
+def install(limits: ServerLimits, before_stop: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Make Hypercorn's Trio worker use these fixes in this process. The last call's arguments count.
+
+    ``before_stop`` is awaited between the signal to stop and the stop, while all is still served.
+    """
+    for module in (hypercorn.trio, hypercorn.trio.run):
+        module.worker_serve = partial(_serve, before_stop) if before_stop else _worker_serve  # type: ignore[attr-defined]
     hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits)  # type: ignore[assignment, attr-defined]
     for protocol in (hypercorn.protocol.h11, hypercorn.protocol.h2):
         protocol.WSStream = BoundedWSStream  # type: ignore[attr-defined]
         protocol.HTTPStream = BoundedHTTPStream  # type: ignore[attr-defined]
+
+
+async def _serve(before_stop: Callable[[], Awaitable[None]], app: Any, config: Config, **options: Any) -> None:
+    """Hypercorn tells open WebSockets nothing when it stops: they are cut off when its time is over."""
+    trigger = options.pop("shutdown_trigger", None)
+    config.graceful_timeout = STOPPING_TIME
+
+    async def told_and_ready() -> None:
+        await trigger()
+        await before_stop()
+
+    await _worker_serve(app, config, shutdown_trigger=told_and_ready if trigger else None, **options)
 
 
 class BoundedTCPServer(TCPServer):

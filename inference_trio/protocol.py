@@ -189,6 +189,13 @@ class Resumed(Notification, frozen=True):
     tasks: list[TaskStatus]
 
 
+class Draining(Notification, frozen=True):
+    """The server is stopping. New tasks are refused; in ``deadline`` seconds those that still run are cancelled."""
+
+    method: ClassVar[str] = "draining"
+    deadline: float
+
+
 NOTIFICATIONS: tuple[type[Notification], ...] = (
     TextChunk,
     ReasoningChunk,
@@ -196,6 +203,7 @@ NOTIFICATIONS: tuple[type[Notification], ...] = (
     End,
     Error,
     Resumed,
+    Draining,
 )
 
 

@@ -51,7 +51,8 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     Raises ConfigurationError where a package that the settings need is not there.
     """
     opening = nullcontext(model) if model else open_model(settings)
-    install(ServerLimits(max_message_bytes=settings.max_message_bytes))
+    service = Service(settings, opening)
+    install(ServerLimits(max_message_bytes=settings.max_message_bytes), service.drain)
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket
     app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes
@@ -59,7 +60,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     app.errorhandler(InferenceError)(refuse)
     app.errorhandler(HTTPException)(refuse_http)
     app.errorhandler(Exception)(report_defect)
-    Service(settings, opening).register(app)
+    service.register(app)
     return app
 
 
@@ -83,6 +84,10 @@ class Service:
         app.get("/openrpc.json")(self.openrpc)
         app.websocket("/ws/<session_id>")(self.connect)
 
+    async def drain(self) -> None:
+        if self._store:
+            await self._store.drain()
+
     @property
     def store(self) -> SessionStore:
         """Raises OverloadedError until the server is ready."""
@@ -98,7 +103,7 @@ class Service:
         return _json({"status": "ok"})
 
     async def readyz(self) -> Response:
-        _ = self.store
+        self.store.refuse_when_draining()
         return _json({"status": "ready"})
 
     async def openrpc(self) -> Response:
@@ -110,8 +115,8 @@ class Service:
             raise NotFound("There is no such session; it may have expired")
         socket = websocket._get_current_object()  # type: ignore[attr-defined]  # noqa: SLF001 (Werkzeug's proxies)
         connection = Connection(socket, session)
-        resumed = session.attach(connection, _after(socket.args.get("after")))
-        await connection.run(resumed)
+        session.attach(connection, _after(socket.args.get("after")))
+        await connection.run()
 
 
 async def refuse(error: InferenceError) -> Response:

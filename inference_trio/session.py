@@ -23,8 +23,10 @@ from .outbox import Entry, Outbox, Replay
 from .protocol import (
     Accepted,
     CreateSession,
+    Draining,
     Generate,
     NamedToolChoice,
+    Notification,
     Resumed,
     Started,
     TaskNotification,
@@ -37,6 +39,12 @@ from .task import Task, outcome_of
 
 TAKEN_OVER = 4409
 """WebSocket close code for a connection whose session was taken over by a newer one."""
+
+SERVICE_RESTART = 1012
+"""WebSocket close code for a server that stops (IANA's registry of close codes)."""
+
+CLOSING_TIME = 0.5
+"""Seconds that cancelled tasks and closing connections are waited for when the server stops."""
 
 RETRY_AFTER = 1.0
 """Seconds after which a client refused for a limit may try again."""
@@ -64,13 +72,19 @@ _PARAMETERS = {
 
 
 class Attachment(Protocol):
-    """What a session needs of a connection. Neither method waits."""
+    """What a session needs of a connection. No method waits."""
+
+    closed: trio.Event
+    """Set when the connection is gone."""
 
     def wake(self) -> None:
         """There is something to take."""
 
+    def tell(self, note: Notification) -> None:
+        """Send this, which belongs to no task."""
+
     def close(self, code: int) -> None:
-        """Close with this WebSocket code."""
+        """Close with this WebSocket code when all that is there is sent."""
 
 
 @attrs.define(eq=False)
@@ -84,14 +98,14 @@ class Session:
     outbox: Outbox
     runners: dict[str, Runner] = attrs.field(factory=dict)
     last_used: float = attrs.field(factory=trio.current_time)
-    _attached: Attachment | None = None
+    attached: Attachment | None = None
     _room: trio.Event | None = None
     _window: trio.CancelScope | None = None
 
     # Connections
 
-    def attach(self, connection: Attachment, after: int | None) -> Resumed | None:
-        """Makes this the session's connection. With ``after`` the outbox is replayed from there.
+    def attach(self, connection: Attachment, after: int | None) -> None:
+        """Makes this the session's connection. With ``after`` it is told so, and the outbox is replayed from there.
 
         Raises InvalidParamsError where ``after`` is not a number given out so far, or 0; then nothing has changed.
         """
@@ -99,18 +113,21 @@ class Session:
             replay = self.outbox.rewind(self.outbox.latest_seq if after is None else after)
         except ValueError as error:
             raise InvalidParamsError(f"{error} - at `after`") from error
-        if self._attached:
-            self._attached.close(TAKEN_OVER)
+        if self.attached:
+            self.attached.close(TAKEN_OVER)
         if self._window:
             self._window.cancel()
-        self._attached = connection
+        self.attached = connection
         self._make_room()
-        return None if after is None else self._resumed(replay)
+        if after is not None:
+            connection.tell(self._resumed(replay))
+        if self.store.drains_until is not None:
+            connection.tell(Draining(max(self.store.drains_until - trio.current_time(), 0.0)))
 
     def detach(self, connection: Attachment) -> None:
         """The connection is gone. The tasks go on for the resume window, unless a newer connection has them."""
-        if self._attached is connection:
-            self._attached = None
+        if self.attached is connection:
+            self.attached = None
             self.store.touch(self)
             if self.runners:
                 self.store.nursery.start_soon(self._cancel_after_window)
@@ -122,7 +139,7 @@ class Session:
 
     def take(self, connection: Attachment) -> Entry | None:
         """The next notification for this connection; ``None`` when there is none, or when it was taken over."""
-        if self._attached is not connection:
+        if self.attached is not connection:
             return None
         entry = self.outbox.take()
         self._make_room()
@@ -130,7 +147,7 @@ class Session:
 
     @property
     def is_idle(self) -> bool:
-        return self._attached is None and not self.runners
+        return self.attached is None and not self.runners
 
     def _resumed(self, replay: Replay) -> Resumed:
         tasks = [
@@ -143,8 +160,8 @@ class Session:
 
     def append(self, note: TaskNotification) -> None:
         self.outbox.append(note)
-        if self._attached:
-            self._attached.wake()
+        if self.attached:
+            self.attached.wake()
 
     async def wait_for_room(self) -> None:
         while self.outbox.is_full:
@@ -235,6 +252,8 @@ class SessionStore:
     nursery: trio.Nursery
     running: int = 0
     """Tasks running now."""
+    drains_until: float | None = None
+    """When the tasks that still run are cancelled, on Trio's clock, once the server is stopping."""
 
     _sessions: OrderedDict[str, Session] = attrs.field(factory=OrderedDict)
     """Those longest out of use first."""
@@ -244,6 +263,7 @@ class SessionStore:
 
     def create(self, params: CreateSession) -> Session:
         """Raises OverloadedError where there are too many sessions."""
+        self.refuse_when_draining()
         self._forget_expired()
         if len(self) >= self.settings.max_sessions:
             raise OverloadedError("There are too many sessions", retry_after=RETRY_AFTER)
@@ -274,6 +294,7 @@ class SessionStore:
 
     def check_task_limits(self, session: Session) -> None:
         """Raises OverloadedError where one more task would be too many."""
+        self.refuse_when_draining()
         per_session, in_all = self.settings.max_tasks_per_session, self.settings.max_tasks
         if len(session.runners) >= per_session:
             raise OverloadedError(f"This session already has {per_session} tasks", retry_after=RETRY_AFTER)
@@ -289,6 +310,38 @@ class SessionStore:
             names = ", ".join(sorted({default, *allowed}))
             raise InvalidParamsError(f"Expected one of {names}, got {name[:64]!r} - at `params.model`")
         return name
+
+    async def drain(self) -> None:
+        """Stops: refuses sessions and tasks, lets the running ones end in time, cancels the rest, and closes.
+
+        Returns in the time that the settings give, and at most twice `CLOSING_TIME` more.
+        """
+        limit = self.settings.drain_seconds
+        self.drains_until = trio.current_time() + limit
+        for session in self._sessions.values():
+            if session.attached:
+                session.attached.tell(Draining(limit))
+        await self._wait_for_tasks(limit)
+        for session in self._sessions.values():
+            session.cancel(None)
+        await self._wait_for_tasks(CLOSING_TIME)
+        connections = [session.attached for session in self._sessions.values() if session.attached]
+        for connection in connections:
+            connection.close(SERVICE_RESTART)
+        with trio.move_on_after(CLOSING_TIME):
+            for connection in connections:
+                await connection.closed.wait()
+
+    async def _wait_for_tasks(self, limit: float) -> None:
+        with trio.move_on_after(limit):
+            for runner in [runner for session in self._sessions.values() for runner in session.runners.values()]:
+                await runner.ended.wait()
+
+    def refuse_when_draining(self) -> None:
+        """Raises OverloadedError where the server is stopping."""
+        if self.drains_until is not None:
+            left = max(self.drains_until - trio.current_time(), RETRY_AFTER)
+            raise OverloadedError("The server is stopping", retry_after=left)
 
     def _forget_expired(self) -> None:
         expired = trio.current_time() - self.settings.session_ttl

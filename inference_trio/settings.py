@@ -236,6 +236,8 @@ class Settings:
         "INFERENCE_MAX_RETRIES", _integer(0), 3, "further attempts per round before its first chunk"
     )
 
+    drain_seconds: float = _setting("INFERENCE_DRAIN_SECONDS", _seconds(0), 30.0, "time for running tasks at shutdown")
+
     log_level: str = _setting("INFERENCE_LOG_LEVEL", _one_of(*_LOG_LEVELS), "INFO", "the least severity")
     log_file: Path | None = _setting(  # noqa: RUF009 - an attrs field, with a Path for its default
         "INFERENCE_LOG_FILE", _path, Path("inference_server.log"), "empty turns it off", empty_means_off=True

@@ -119,7 +119,8 @@ class FakeSink:
 class FakeWebSocket:
     """The server's end of a WebSocket; the test holds the other end."""
 
-    def __init__(self, outgoing: float = math.inf) -> None:
+    def __init__(self, session_id: str, outgoing: float = math.inf) -> None:
+        self.session_id = session_id
         self._to_server, self._incoming = trio.open_memory_channel[str | bytes](math.inf)
         self._outgoing, self.from_server = trio.open_memory_channel[str](outgoing)
         self.close_code: int | None = None

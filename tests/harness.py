@@ -10,10 +10,10 @@ from typing import Any
 
 import attrs
 import httpx2
+import hypercorn.trio
 import trio
 import trio_websocket
 from hypercorn.config import Config
-from hypercorn.trio import serve
 
 from inference_trio.runner import Model
 from inference_trio.server import create_app
@@ -34,6 +34,7 @@ HANDSHAKE = {
 
 def settings(base_url: str, **changes: Any) -> Settings:
     """Settings for an OpenAI-compatible endpoint, that read nothing from outside."""
+    changes.setdefault("drain_seconds", 0.0)
     return attrs.evolve(Settings.load({"LLM_BASE_URL": base_url, "DEEPSEEK_API_KEY": KEY}, dotenv=None), **changes)
 
 
@@ -94,6 +95,7 @@ class Client:
 class Server:
     url: str
     _http: httpx2.AsyncClient
+    shutdown: trio.Event
 
     async def post(self, path: str = "/create_session", **options: Any) -> httpx2.Response:
         return await self._http.post(path, **options)
@@ -136,7 +138,7 @@ async def open_server(server_settings: Settings, model: Model | None = None) -> 
     shutdown = trio.Event()
     async with trio.open_nursery() as nursery:
         app = create_app(server_settings, model)
-        urls = await nursery.start(partial(serve, app, config, shutdown_trigger=shutdown.wait))
+        urls = await nursery.start(partial(hypercorn.trio.serve, app, config, shutdown_trigger=shutdown.wait))
         async with httpx2.AsyncClient(base_url=urls[0], timeout=PATIENCE, verify=False) as client:
-            yield Server(urls[0], client)
+            yield Server(urls[0], client, shutdown)
         shutdown.set()

@@ -33,13 +33,13 @@ class Bench:
         return self.store.create(CreateSession(**params))
 
     def connect(self, session: Session, after: int | None = None, **options: Any) -> FakeWebSocket:
-        socket = FakeWebSocket(**options)
+        socket = FakeWebSocket(session.id, **options)
         connection = Connection(socket, session)
-        resumed = session.attach(connection, after)
+        session.attach(connection, after)
 
         async def serve() -> None:
             with socket.scope:
-                await connection.run(resumed)
+                await connection.run()
             socket.gone.set()
 
         self.nursery.start_soon(serve)
@@ -481,3 +481,62 @@ async def test_the_resume_window_is_the_servers_at_most() -> None:
     async with bench(HELLO, resume_window=30.0) as it:
         asked = (None, 5.0, 100.0)
         assert [it.create(resume_window=window).resume_window for window in asked] == [30.0, 5.0, 30.0]
+
+
+# Stopping
+
+
+async def test_a_server_that_stops_says_so_lets_tasks_end_and_closes_with_1012(autojump_clock: Any) -> None:
+    async with bench([text("Hel"), fakes.sleep(20), text("lo"), finish()], drain_seconds=30.0) as it:
+        socket = it.connect(it.create())
+        socket.call("generate", {"message": "hi"})
+        await socket.hear()
+        await socket.hear()
+        it.nursery.start_soon(it.store.drain)
+        assert (await socket.hear())["params"] == {"session_id": socket.session_id, "deadline": 30.0}
+        socket.call("generate", {"message": "hi"})
+        error = (await socket.hear())["error"]
+        assert (error["code"], error["data"]["retry_after"]) == (-32005, 30.0)
+        with pytest.raises(Exception, match="stopping"):
+            it.create()
+        with trio.fail_after(100):
+            await socket.gone.wait()
+        assert socket.heard()[-1]["params"]["final_text"] == "Hello"
+        assert socket.close_code == 1012
+
+
+async def test_tasks_that_take_too_long_are_cancelled_and_their_clients_told(autojump_clock: Any) -> None:
+    async with bench([text("Hel"), hang], drain_seconds=5.0, resume_window=100.0) as it:
+        socket, other = it.connect(it.create()), it.create()
+        absent = it.connect(other)
+        for each in (socket, absent):
+            each.call("generate", {"message": "hi"})
+            await each.hear()
+            await each.hear()
+        await absent.drop()
+        before = trio.current_time()
+        await it.store.drain()
+        assert trio.current_time() - before == 5.0
+        assert socket.heard()[-1]["params"]["status_message"] == "cancelled"
+        assert socket.close_code == 1012
+        assert it.store.running == 0
+
+
+async def test_a_client_that_resumes_while_the_server_stops_is_told(autojump_clock: Any) -> None:
+    async with bench([hang], drain_seconds=30.0) as it:
+        session = it.create()
+        it.connect(session).call("generate", {"message": "hi"})
+        await trio.testing.wait_all_tasks_blocked()
+        it.nursery.start_soon(it.store.drain)
+        await trio.sleep(10)
+        socket = it.connect(session, after=0)
+        assert [(await socket.hear())["method"] for _ in range(2)] == ["resumed", "draining"]
+
+
+async def test_a_client_that_does_not_read_does_not_hold_up_the_stop(autojump_clock: Any) -> None:
+    async with bench([text("x" * 100), hang], drain_seconds=1.0) as it:
+        socket = it.connect(it.create(), outgoing=0)
+        socket.call("generate", {"message": "hi"})
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(1.0 + 2 * 0.5 + 0.1):
+            await it.store.drain()

@@ -480,7 +480,7 @@ def test_any_json_is_answered_as_the_specification_says(value: Any) -> None:
         check_items(value, frame.items)
 
 
-@settings(FAST, max_examples=400)
+@settings(FAST, max_examples=300)
 @given(damaged_requests())
 def test_a_damaged_request_with_a_usable_id_is_still_answered_once(value: Any) -> None:
     check_frame(json.dumps(value))

@@ -11,7 +11,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from inference_trio import outbox as outbox_module
 from inference_trio.outbox import Outbox, Replay, _size_of
 from inference_trio.protocol import End, Error, FunctionCallRequest, ReasoningChunk, TaskNotification, TextChunk
 
@@ -54,7 +53,7 @@ def outbox_of(*notes: TaskNotification, limit: int = LARGE) -> Outbox:
 
 def taken(outbox: Outbox, count: int = LARGE) -> list[tuple[int, TaskNotification]]:
     """What is taken next, ``count`` notifications at most."""
-    numbered = []
+    numbered: list[tuple[int, TaskNotification]] = []
     while len(numbered) < count and (entry := outbox.take()):
         numbered.append((entry.seq, entry.note))
     return numbered
@@ -133,7 +132,7 @@ def test_much_text_is_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return msgspec_replace(note, **changes)
 
     msgspec_replace = msgspec.structs.replace
-    monkeypatch.setattr(outbox_module.msgspec.structs, "replace", counting)
+    monkeypatch.setattr(msgspec.structs, "replace", counting)
     outbox = outbox_of(*[text("x")] * 1000)
     assert taken(outbox) == [(1, text("x" * 1000))]
     outbox.rewind(0)
@@ -328,5 +327,5 @@ class OutboxMachine(RuleBasedStateMachine):
             assert sum(entry.size for entry in kept) <= self.limit + kept[-1].size
 
 
-OutboxMachine.TestCase.settings = settings(deadline=None, derandomize=True, max_examples=100, stateful_step_count=40)
+OutboxMachine.TestCase.settings = settings(deadline=None, derandomize=True, max_examples=80, stateful_step_count=40)
 TestOutboxMachine = OutboxMachine.TestCase

@@ -161,10 +161,11 @@ def test_a_named_tool_choice_is_decoded_as_such() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("field", ["max_tokens", "Message", "", "$schema", "`$.x`"])
 def test_a_field_that_is_not_named_is_refused_and_never_ignored(method: str, field: str) -> None:
-    params: dict[str, Any] = {
+    needed: dict[str, dict[str, Any]] = {
         "generate": {"message": "Hi"},
         "tool_result": {"task_id": "t", "results": [{"tool_call_id": "c", "result": 1}]},
-    }.get(method, {})
+    }
+    params = needed.get(method, {})
     assert decoded(method, params)
     expected = f"Object contains unknown field `{field}` - at `params`"
     assert refusal(method, {**params, field: 1}) == expected
@@ -317,7 +318,7 @@ def test_the_methods_and_notifications_have_the_names_of_the_protocol() -> None:
     assert list(METHODS) == ["generate", "tool_result", "cancel", "rpc.discover"]
     of_tasks = [kind.method for kind in NOTIFICATIONS if issubclass(kind, TaskNotification)]
     assert of_tasks == ["text_chunk", "reasoning_chunk", "function_call_request", "end", "error"]
-    assert [kind.method for kind in NOTIFICATIONS if kind.method not in of_tasks] == ["resumed"]
+    assert [kind.method for kind in NOTIFICATIONS if kind.method not in of_tasks] == ["resumed", "draining"]
 
 
 def test_params_are_immutable() -> None:

@@ -416,3 +416,20 @@ async def test_the_log_has_one_line_a_task_and_neither_prompt_nor_answer_nor_key
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("inference_trio")]
     assert sum("task ended" in line for line in lines) == 1
     assert not any(word in line for line in lines for word in ("the prompt", "the answer", KEY))
+
+
+async def test_a_server_that_stops_refuses_what_is_new_and_ends_what_runs() -> None:
+    script = [answers.text("Hel"), answers.pause("go on"), answers.text("lo"), answers.finish(), answers.done()]
+    async with serving(script, drain_seconds=30.0) as (server, upstream), server.client() as client:
+        await client.generate()
+        await client.hear()
+        server.shutdown.set()
+        assert (await client.hear())["params"]["deadline"] == 30.0
+        assert (await server.get("/readyz")).status_code == 503
+        assert (await server.get("/healthz")).status_code == 200
+        assert (await server.post()).status_code == 503
+        upstream.gate("go on").set()
+        assert (await client.until("end"))["final_text"] == "Hello"
+        with pytest.raises(trio_websocket.ConnectionClosed) as closed:
+            await client.hear()
+        assert closed.value.reason.code == 1012

@@ -466,7 +466,8 @@ def next_events(draw: st.DrawFn, task: Task) -> Event:
         CancelRequested: st.just(CancelRequested()),
         TaskFailed: st.just(TaskFailed(FAILURE)),
     }
-    return draw(simple[kind])
+    event: Event = draw(simple[kind])
+    return event
 
 
 def check_messages(messages: list[JsonObject]) -> None:
