@@ -69,8 +69,7 @@ async def serve(app: QuartTrio, host: str, port: int) -> None:
     """
     config = Config()
     config.bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
-    config.errorlog = logging.getLogger("hypercorn.error")
-    config.errorlog.setLevel(logging.WARNING)  # what it says at the start is said below
+    logging.getLogger("hypercorn.error").setLevel(logging.WARNING)  # what it says at the start is said below
     told = trio.Event()
 
     async def run(nursery: trio.Nursery, task_status: trio.TaskStatus[list[str]]) -> None:

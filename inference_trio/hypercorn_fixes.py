@@ -28,6 +28,7 @@ of its own; a handler that raises closes with 1000, so it has to close with 1011
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -108,6 +109,8 @@ async def _serve(before_stop: Callable[[], Awaitable[None]], app: Any, config: C
     """Hypercorn tells open WebSockets nothing when it stops: they are cut off when its time is over."""
     trigger = options.pop("shutdown_trigger", None)
     config.graceful_timeout = STOPPING_TIME
+    # Else it writes to stderr by itself, as well as through `logging`.
+    config.errorlog = logging.getLogger("hypercorn.error")
 
     async def told_and_ready() -> None:
         await trigger()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -36,7 +37,7 @@ from .model import ChatModel, build_model
 from .protocol import Created, CreateSession
 from .runner import Model
 from .session import RETRY_AFTER, SessionStore
-from .settings import Settings
+from .settings import Settings, environment_warnings
 
 T = TypeVar("T")
 
@@ -50,6 +51,8 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
 
     Raises ConfigurationError where a package that the settings need is not there.
     """
+    for line in environment_warnings(os.environ):
+        logger.warning("%s", line)
     opening = nullcontext(model) if model else open_model(settings)
     service = Service(settings, opening)
     install(ServerLimits(max_message_bytes=settings.max_message_bytes), service.drain)

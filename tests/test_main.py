@@ -167,3 +167,9 @@ def test_the_embedded_model_calls_a_tool_of_the_client_and_goes_on_with_its_resu
     assert "rain" in end["final_text"]
     assert len([frame for frame in frames if frame.get("method") == "text_chunk"]) > 1
     assert [message["role"] for message in end["messages"]] == ["assistant", "tool", "assistant"]
+
+
+def test_it_says_at_the_start_that_tracing_is_on(tmp_path: Path) -> None:
+    with running(SERVE, tmp_path, DEEPSEEK_API_KEY=KEY, LANGSMITH_TRACING="true"):
+        pass
+    assert "LANGSMITH_TRACING is on" in (tmp_path / "inference_server.log").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -225,11 +226,9 @@ def test_every_notification_is_described() -> None:
 # Agreement with the decoder
 
 
+@functools.cache
 def described_params(method: str) -> jsonschema_rs.Draft202012Validator:
     return validator_of_params({each["name"]: each for each in document()["methods"]}[method])
-
-
-VALIDATORS = {method: described_params(method) for method in METHODS}
 
 
 def is_accepted(method: str, params: Any) -> bool:
@@ -240,7 +239,7 @@ def is_accepted(method: str, params: Any) -> bool:
 @pytest.mark.parametrize("message", [*MESSAGES, *map(with_extras, MESSAGES)], ids=lambda message: message["role"])
 def test_a_message_that_is_accepted_is_one_that_was_published(message: dict[str, Any]) -> None:
     assert is_accepted("generate", {"history": [message]})
-    VALIDATORS["generate"].validate({"history": [message]})
+    described_params("generate").validate({"history": [message]})
 
 
 JSON = st.recursive(
@@ -297,6 +296,6 @@ def test_the_published_schema_and_the_decoder_agree(example: tuple[str, Any]) ->
     method, params = example
     (item,) = decode(encode({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})).items
     if isinstance(item, Call):
-        VALIDATORS[method].validate(params)
+        described_params(method).validate(params)
     elif not item.error.message.startswith(CROSS_FIELD):
-        assert not VALIDATORS[method].is_valid(params), item.error.message
+        assert not described_params(method).is_valid(params), item.error.message
