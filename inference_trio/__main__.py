@@ -58,8 +58,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Start the server. It is configured by environment variables, also read from .env.",
     )
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serving.add_argument("--port", default=8000, type=int, help="port; 0 takes a free one (default: %(default)s)")
+    serving.add_argument("--port", default=8000, type=_port, help="port; 0 takes a free one (default: %(default)s)")
     return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise ValueError
+    return port
 
 
 async def serve(app: QuartTrio, host: str, port: int) -> None:

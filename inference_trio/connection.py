@@ -34,6 +34,9 @@ INTERNAL_ERROR = 1011
 LARGEST_BACKLOG = 1024 * 1024
 """Bytes of answers that wait to be sent; beyond it no more requests are read."""
 
+MOST_ANSWERS = 64
+"""The same in number. Answers go first, so without a limit the requests of a busy client would hold back all else."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +73,7 @@ class Connection:
     _answers: deque[str] = attrs.field(factory=deque)
     _backlog: int = 0
     _awake: trio.Event = attrs.field(factory=trio.Event)
-    _sent: trio.Event = attrs.field(factory=trio.Event)
+    _caught_up: trio.Event = attrs.field(factory=trio.Event)
     _close_code: int | None = None
     closed: trio.Event = attrs.field(factory=trio.Event)
 
@@ -102,16 +105,19 @@ class Connection:
     # Reading
 
     async def _read(self, nursery: trio.Nursery) -> None:
-        while True:
-            frame = decode(await self.websocket.receive())
+        while self._close_code is None:
+            data = await self.websocket.receive()
+            if self._close_code is not None:
+                return
+            frame = decode(data)
             answers = [self._dispatch(item) for item in frame.items]
             if any(isinstance(answer, Cancelling) for answer in answers):
                 nursery.start_soon(self._answer_later, frame, answers)
             else:
                 self._answer(frame, answers)
-            while self._backlog > LARGEST_BACKLOG:
-                self._sent = trio.Event()
-                await self._sent.wait()
+            while self._backlog > LARGEST_BACKLOG or len(self._answers) > MOST_ANSWERS:
+                self._caught_up = trio.Event()
+                await self._caught_up.wait()
 
     def _dispatch(self, item: Call | Invalid) -> JsonObject | Cancelling | None:
         if isinstance(item, Invalid):
@@ -165,8 +171,8 @@ class Connection:
         if self._answers:
             text = self._answers.popleft()
             self._backlog -= len(text)
-            self._sent.set()
             return text
+        self._caught_up.set()
         entry = self.session.take(self)
         return encode(notification(self.session.id, entry.note, entry.seq)) if entry else None
 

@@ -156,7 +156,7 @@ _FINISH_REASONS = {
 def _finish_reason(metadata: Mapping[str, Any]) -> str | None:
     for key in _FINISH_REASON_KEYS:
         if reason := metadata.get(key):
-            return _FINISH_REASONS.get(str(reason).lower(), str(reason))
+            return _FINISH_REASONS.get(str(reason).lower(), well_formed(str(reason)))
     status = metadata.get("status")  # as OpenAI's Responses API says it
     if status == "incomplete":
         return _finish_reason({"finish_reason": (metadata.get("incomplete_details") or {}).get("reason")})

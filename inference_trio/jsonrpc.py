@@ -28,7 +28,7 @@ from .protocol import METHODS, Notification
 MAX_DEPTH = 100
 """Nesting of arrays and objects in a frame; far below what the JSON and HTTP libraries can still write."""
 
-MAX_BATCH = 1000
+MAX_BATCH = 100
 """Requests in one batch."""
 
 T = TypeVar("T")

@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError
-from .settings import Secret, Settings
+from .settings import SHORTEST_KEY, Secret, Settings
 
 _OWN_LOGGERS = ("inference_trio", "hypercorn.error")
 _QUEUE_LINES = 8192
 _FILE_BYTES = 10_000_000
 _OLD_FILES = 5
 _SESSION_CHARACTERS = 8  # enough to tell sessions apart; a whole id is a credential
-_SHORTEST_KEY = 6  # what is shorter is no key but a stand-in such as "none", and a common word
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message"}  # set by formatters
 
 _context: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar("log_context", default=None)
@@ -148,7 +147,7 @@ class _LineFormatter(logging.Formatter):
         self._to_line = _json_line if line_format == "json" else _text_line
         plain = key.reveal() if key is not None else ""
         quoted = {plain, json.dumps(plain)[1:-1], repr(plain)[1:-1]}
-        self._hidden = quoted if len(plain) >= _SHORTEST_KEY else set()
+        self._hidden = quoted if len(plain) >= SHORTEST_KEY else set()
 
     def format(self, record: logging.LogRecord) -> str:
         line = self._to_line(self._fields(record))

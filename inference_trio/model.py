@@ -19,7 +19,7 @@ from .deltas import Delta, read_deltas
 from .messages import ModelRequest
 from .openai_model import open_openai
 from .providers import open_provider
-from .settings import Settings
+from .settings import SHORTEST_KEY, Settings
 from .upstream_errors import translated
 
 __all__ = ["ChatModel", "ModelRequest", "build_model"]
@@ -73,10 +73,11 @@ def build_model(settings: Settings) -> ChatModel:
 
     Raises ConfigurationError where there is no such provider, or a package for it is missing.
     """
+    keys = [settings.api_key.reveal()] if settings.api_key else []
     open_source = open_openai if settings.provider in ("openai", "local") else open_provider
     return ChatModel(
         name=settings.model_name,
         source=open_source(settings),
         limiter=trio.CapacityLimiter(settings.max_tasks),
-        secrets=(settings.api_key.reveal(),) if settings.api_key else (),
+        secrets=tuple(key for key in keys if len(key) >= SHORTEST_KEY),
     )

@@ -31,7 +31,7 @@ from .errors import (
 from .logs import log_context
 from .messages import RoundAccumulator, to_langchain
 from .model import ModelRequest
-from .protocol import TaskNotification
+from .protocol import Error, TaskNotification
 from .settings import Settings
 from .task import (
     CancelRequested,
@@ -50,7 +50,13 @@ from .task import (
 LONGEST_WAIT = 60.0
 """Seconds; a provider that asks to wait longer before the next attempt has refused."""
 
+LAST_CHUNKS_TIMEOUT = 5.0
+"""Seconds between chunks once the model has said why it stopped: only the usage is still to come."""
+
 logger = logging.getLogger(__name__)
+
+
+_PARAMETERS_OF_TOOLS = ("tool_choice", "parallel_tool_calls")
 
 
 class Model(Protocol):
@@ -112,10 +118,10 @@ class Runner:
                 with self._scope:
                     await self._run_in_time()
             except InferenceError as error:
-                self._apply(TaskFailed(error))
+                self._fail(error)
             except Exception:
                 logger.exception("defect in a task")
-                self._apply(TaskFailed(InternalError("The server has a defect; its log has the details")))
+                self._fail(InternalError("The server has a defect; its log has the details"))
             finally:
                 if not self.task.has_ended:
                     self._apply(CancelRequested())
@@ -166,7 +172,10 @@ class Runner:
             for event in _text_events(deltas):
                 self._apply(event)
             await self.sink.wait_for_room()
-            scope.deadline = trio.current_time() + self.settings.token_timeout
+            limit = self.settings.token_timeout
+            if accumulator.finish_reason:
+                limit = min(limit, LAST_CHUNKS_TIMEOUT)
+            scope.deadline = trio.current_time() + limit
 
         try:
             with scope:
@@ -187,6 +196,8 @@ class Runner:
     def _request(self) -> ModelRequest:
         """A forced tool choice is for the first round: kept up, it would make the model call tools without end."""
         parameters = self.parameters
+        if not self.tools:  # OpenAI refuses these without tools
+            parameters = {name: value for name, value in parameters.items() if name not in _PARAMETERS_OF_TOOLS}
         if self.task.rounds > 1 and parameters.get("tool_choice") not in ("none", "auto"):
             parameters = {name: value for name, value in parameters.items() if name != "tool_choice"}
         return ModelRequest(messages=self._messages, tools=self.tools, parameters=parameters, model=self.model_name)
@@ -223,6 +234,12 @@ class Runner:
     def _apply(self, event: Event) -> None:
         for note in self.task.apply(event):
             self.sink.append(note)
+
+    def _fail(self, error: InferenceError) -> None:
+        if self.task.has_ended:  # and how it did could not be told
+            self.sink.append(Error(task_id=self.task.id, error=error.to_wire()))
+        else:
+            self._apply(TaskFailed(error))
 
     def _log_end(self) -> None:
         now = trio.current_time()

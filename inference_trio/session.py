@@ -7,6 +7,7 @@ holds, and when it is gone the tasks go on for the resume window. Of two connect
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ from .protocol import (
 from .runner import Model, Runner
 from .settings import Settings
 from .task import Task, outcome_of
+
+logger = logging.getLogger(__name__)
 
 TAKEN_OVER = 4409
 """WebSocket close code for a connection whose session was taken over by a newer one."""
@@ -130,10 +133,11 @@ class Session:
             self.attached = None
             self.store.touch(self)
             if self.runners:
-                self.store.nursery.start_soon(self._cancel_after_window)
+                self._window = trio.CancelScope()
+                self.store.nursery.start_soon(self._cancel_after_window, self._window)
 
-    async def _cancel_after_window(self) -> None:
-        with trio.CancelScope() as self._window:
+    async def _cancel_after_window(self, window: trio.CancelScope) -> None:
+        with window:
             await trio.sleep(self.resume_window)
             self.cancel(None)
 
@@ -179,6 +183,8 @@ class Session:
     def generate(self, call: Call, params: Generate) -> Started:
         """Starts a task. Raises OverloadedError at a limit, InvalidParamsError for a model or choice not to be had."""
         self.store.check_task_limits(self)
+        if self.outbox.is_full:
+            raise OverloadedError("The notifications of this session are not read", retry_after=RETRY_AFTER)
         model_name = self.store.model_for(params.model)
         tools = self.tools if params.tools is None else [tool.to_openai() for tool in params.tools]
         _check_tool_choice(params.tool_choice, tools)
@@ -195,14 +201,16 @@ class Session:
             tools=tools,
             parameters=_parameters(params),
         )
+        self.store.nursery.start_soon(self._run, runner)
         self.runners[task.id] = runner
         self.store.running += 1
-        self.store.nursery.start_soon(self._run, runner)
         return Started(self.id, task.id, task.state.value)
 
     async def _run(self, runner: Runner) -> None:
         try:
             await runner.run()
+        except Exception:  # the nursery is that of all tasks
+            logger.exception("defect in a runner")
         finally:
             self.store.running -= 1
             del self.runners[runner.task.id]
@@ -230,8 +238,9 @@ class Session:
 
 
 def _parameters(params: Generate) -> JsonObject:
-    given: JsonObject = msgspec.to_builtins(params)
-    return {theirs: given[ours] for ours, theirs in _PARAMETERS.items() if given[ours] is not None}
+    given = {theirs: getattr(params, ours) for ours, theirs in _PARAMETERS.items()}
+    parameters: JsonObject = msgspec.to_builtins({name: value for name, value in given.items() if value is not None})
+    return parameters
 
 
 def _check_tool_choice(choice: Any, tools: Sequence[JsonObject]) -> None:

@@ -24,6 +24,9 @@ from dotenv import dotenv_values
 
 from .errors import ConfigurationError
 
+SHORTEST_KEY = 6
+"""Characters. What is shorter is a stand-in such as "none", and a common word: it is not hidden where it occurs."""
+
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
 _DEFAULT_BASE_URLS = {"openai": "https://api.deepseek.com/v1"}

@@ -158,6 +158,7 @@ class IllegalTransitionError(Exception):
 
 Status = Literal["completed", "cancelled", "length", "content_filter"]
 _STATUS: dict[str, Status] = {"length": "length", "content_filter": "content_filter"}
+_SHOWN_IDS, _SHOWN_CHARACTERS = 20, 64  # of what a client sent, in an error
 _CANCELLED_RESULT = "Error: the call was cancelled before it had a result."
 
 Notifications = list[protocol.TaskNotification]
@@ -266,11 +267,10 @@ class Task:
 
     def _on_results(self, event: ToolResultsReceived) -> tuple[TaskState, Notifications]:
         received = {outcome.call_id: outcome.content for outcome in event.outcomes}
-        unexpected = [call_id for call_id in received if call_id not in self.outstanding]
-        if unexpected or len(received) < len(event.outcomes):
+        if not received.keys() <= set(self.outstanding) or len(received) < len(event.outcomes):
+            got = [outcome.call_id[:_SHOWN_CHARACTERS] for outcome in event.outcomes[:_SHOWN_IDS]]
             raise InvalidParamsError(
-                f"Expected each of {self.outstanding} at most once, got "
-                f"{[outcome.call_id for outcome in event.outcomes]} - at `params.results`"
+                f"Expected each of {self.outstanding} at most once, got {got} - at `params.results`"
             )
         self._results |= received
         return self._after_results(), []

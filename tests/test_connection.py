@@ -540,3 +540,52 @@ async def test_a_client_that_does_not_read_does_not_hold_up_the_stop(autojump_cl
         await trio.testing.wait_all_tasks_blocked()
         with trio.fail_after(1.0 + 2 * 0.5 + 0.1):
             await it.store.drain()
+
+
+# A client that overdoes it
+
+
+async def test_a_session_whose_notifications_are_not_read_starts_no_more_tasks() -> None:
+    async with bench([text("x" * 2000), finish()], outbox_bytes=1000) as it:
+        session = it.create()
+        socket = it.connect(session, outgoing=0)
+        for number in range(8):
+            socket.call("generate", {"message": "hi"}, request_id=number)
+            await trio.testing.wait_all_tasks_blocked()
+        answers = [await socket.hear() for _ in range(9)]
+        assert -32005 in [answer.get("error", {}).get("code") for answer in answers]
+
+
+async def test_a_busy_client_gets_its_notifications_all_the_same() -> None:
+    async with bench([text("x"), hang]) as it:
+        socket = it.connect(it.create(), outgoing=0)
+        socket.call("generate", {"message": "hi"})
+        for _ in range(1000):
+            socket.call("cancel", {"task_id": "nobody"})
+        heard = [await socket.hear() for _ in range(200)]
+        assert "text_chunk" in [frame.get("method") for frame in heard]
+
+
+async def test_a_connection_that_was_taken_over_starts_nothing() -> None:
+    async with bench(HELLO) as it:
+        session = it.create()
+        older = it.connect(session)
+        await trio.testing.wait_all_tasks_blocked()
+        it.connect(session)
+        older.call("generate", {"message": "hi"})
+        await older.gone.wait()
+        assert it.store.model.requests == []
+
+
+async def test_a_client_that_is_back_at_once_loses_nothing(autojump_clock: Any) -> None:
+    async with bench([text("x"), hang], resume_window=0.0) as it:
+        session = it.create()
+        first = it.connect(session)
+        first.call("generate", {"message": "hi"})
+        await first.hear()
+        await first.hear()
+        connection = session.attached
+        session.detach(connection)
+        it.connect(session, after=1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert session.runners

@@ -378,3 +378,30 @@ async def test_prompt_and_answer_are_logged_only_when_asked_for(caplog: pytest.L
     await run([text("the answer"), finish()], log_content=True)
     (record,) = [record for record in caplog.records if record.getMessage().startswith("task ended")]
     assert (record.conversation, record.answer) == ([{"role": "user", "content": "hi"}], "the answer")
+
+
+async def test_an_end_that_cannot_be_told_becomes_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    class Sink(FakeSink):
+        def append(self, note: Any) -> None:
+            if isinstance(note, End):
+                raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates not allowed")
+            super().append(note)
+
+    runner = make_runner(FakeModel([text("x"), finish()]))
+    runner.sink = Sink()
+    await runner.run()
+    assert last(runner).error["code"] == -32603
+    assert "defect" in caplog.text
+
+
+async def test_usage_that_does_not_come_is_not_waited_for_long(autojump_clock: Any) -> None:
+    before = trio.current_time()
+    runner = await run([text("all"), finish(usage=None), hang])
+    assert last(runner).final_text == "all"
+    assert trio.current_time() - before == 5.0
+
+
+async def test_parameters_of_tools_need_tools() -> None:
+    parameters = {"tool_choice": "auto", "parallel_tool_calls": False, "seed": 1}
+    runner = await run([text("x"), finish()], tools=[], parameters=parameters)
+    assert runner.model.requests[0].parameters == {"seed": 1}

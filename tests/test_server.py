@@ -433,3 +433,17 @@ async def test_a_server_that_stops_refuses_what_is_new_and_ends_what_runs() -> N
         with pytest.raises(trio_websocket.ConnectionClosed) as closed:
             await client.hear()
         assert closed.value.reason.code == 1012
+
+
+async def test_half_a_character_anywhere_in_the_stream_breaks_nothing() -> None:
+    half = "\ud83d"
+    script = [
+        answers.text(f"a{half}"),
+        answers.reasoning(half),
+        answers.tool_call(0, half, half, f'{{"{half}": 1}}'),
+        answers.finish(half),
+        answers.done(),
+    ]
+    async with chatting(script, answers.reply("x"), answers.reply("y")) as (client, _):
+        assert (await client.ask_model())["task_id"]
+        assert (await client.ask_model())["final_text"] in ("x", "y")
