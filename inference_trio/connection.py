@@ -128,7 +128,7 @@ class Connection:
             refused = error
         except Exception:
             logger.exception("defect in a method")
-            refused = InternalError("The server has a defect; its log has the details")
+            refused = InternalError()
         return failure(item.id, refused) if item.expects_answer else None
 
     def _call(self, call: Call) -> JsonObject | Cancelling | None:

@@ -20,7 +20,7 @@ class InferenceError(Exception):
     ``data`` holds what a program can act on; its keys per class are those of the protocol.
     """
 
-    code: ClassVar[int] = -32603
+    code: ClassVar[int]
 
     def __init__(self, message: str, **data: Any) -> None:
         super().__init__(message)
@@ -68,6 +68,9 @@ class InternalError(InferenceError):
     """A defect of the server. What happened is in its log, not in the message."""
 
     code = -32603
+
+    def __init__(self) -> None:
+        super().__init__("The server has a defect; its log has the details")
 
 
 class UpstreamError(InferenceError):

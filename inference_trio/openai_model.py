@@ -118,7 +118,9 @@ def open_openai(settings: Settings) -> OpenAISource:
     """Connects to nothing yet. Raises ConfigurationError where there is no endpoint."""
     if settings.base_url is None:
         raise ConfigurationError("LLM_BASE_URL is not set: name the endpoint of the model")
-    limits = httpx2.Limits(max_keepalive_connections=settings.max_tasks, keepalive_expiry=KEEPALIVE_EXPIRY)
+    # llama.cpp announces that it keeps a connection, and closes it.
+    kept = 0 if settings.provider == "local" else settings.max_tasks
+    limits = httpx2.Limits(max_keepalive_connections=kept, keepalive_expiry=KEEPALIVE_EXPIRY)
     transport = httpx2.AsyncHTTPTransport(limits=limits)
     return OpenAISource(_chat_openai(settings, _openai_client(settings, TrioTransport(transport))), transport)
 

@@ -121,7 +121,7 @@ class Runner:
                 self._fail(error)
             except Exception:
                 logger.exception("defect in a task")
-                self._fail(InternalError("The server has a defect; its log has the details"))
+                self._fail(InternalError())
             finally:
                 if not self.task.has_ended:
                     self._apply(CancelRequested())

@@ -132,7 +132,7 @@ async def refuse_http(error: HTTPException) -> Response:
 
 async def report_defect(error: Exception) -> Response:
     logger.error("defect in a route", exc_info=error)
-    return _error(InternalError("The server has a defect; its log has the details"), 500)
+    return _error(InternalError(), 500)
 
 
 def open_model(settings: Settings) -> AbstractAsyncContextManager[Model]:
@@ -167,12 +167,6 @@ async def _hold(context: AbstractAsyncContextManager[T], task_status: trio.TaskS
     async with context as value:
         task_status.started(value)
         await trio.sleep_forever()
-
-
-def _store(stores: list[SessionStore]) -> SessionStore:
-    if not stores:
-        raise OverloadedError("The server is not ready", retry_after=RETRY_AFTER)
-    return stores[0]
 
 
 async def _json_body() -> Any:

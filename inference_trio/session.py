@@ -52,24 +52,9 @@ CLOSING_TIME = 0.5
 RETRY_AFTER = 1.0
 """Seconds after which a client refused for a limit may try again."""
 
-_PARAMETERS = {
-    "max_new_tokens": "max_tokens",
-    **{
-        name: name
-        for name in (
-            "temperature",
-            "top_p",
-            "stop",
-            "seed",
-            "presence_penalty",
-            "frequency_penalty",
-            "tool_choice",
-            "parallel_tool_calls",
-            "response_format",
-            "reasoning_effort",
-            "logit_bias",
-        )
-    },
+_NO_PARAMETERS = ("history", "message", "tools", "model")
+_PARAMETERS = {name: name for name in Generate.__struct_fields__ if name not in _NO_PARAMETERS} | {
+    "max_new_tokens": "max_tokens"
 }
 """The model's parameters: names in `Generate`, and in OpenAI's chat completions."""
 

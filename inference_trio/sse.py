@@ -49,9 +49,9 @@ class EventDecoder:
         return self.feed(b"\n\n")
 
     def _complete_lines(self, read: bytes) -> list[bytes]:
-        if self._is_after_cr:
-            read = read.removeprefix(b"\n")
-        self._is_after_cr = read.endswith(b"\r")
+        if self._is_after_cr and read:
+            read, self._is_after_cr = read.removeprefix(b"\n"), False
+        self._is_after_cr = self._is_after_cr or read.endswith(b"\r")
         *lines, rest = read.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         if lines:
             lines[0] = bytes(self._line + lines[0])

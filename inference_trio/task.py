@@ -238,7 +238,7 @@ class Task:
                 return self._on_results(event)
             case CancelRequested():
                 return self._on_cancel()
-            case TaskFailed():
+            case _:
                 return self._on_failed(event)
 
     def _on_text(self, event: TextReceived) -> tuple[TaskState, Notifications]:
@@ -297,9 +297,8 @@ class Task:
         return S.STREAMING
 
     def _add_results(self) -> None:
-        self.messages += [
-            {"role": "tool", "tool_call_id": call.id, "content": self._results[call.id]} for call in self._calls
-        ]
+        for call in self._calls:
+            self.messages.append({"role": "tool", "tool_call_id": call.id, "content": self._results[call.id]})
 
     def _close_round(self, usage: Usage | None, calls: Sequence[ToolCall] = ()) -> None:
         text, reasoning = "".join(self._round_text), "".join(self._round_reasoning)
@@ -337,8 +336,7 @@ class Task:
 
 
 def _call_of_message(call: ToolCall) -> JsonObject:
-    function = {"name": call.name, "arguments": encode(call.parameters)}
-    return {"id": call.id, "type": "function", "function": function}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": encode(call.parameters)}}
 
 
 def outcome_of(result: protocol.ResultOfTool) -> ToolOutcome:

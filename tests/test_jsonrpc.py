@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_trio.errors import InternalError, InvalidParamsError, ParseError, RateLimitedError
+from inference_trio.errors import InvalidParamsError, NoSuchTaskError, ParseError, RateLimitedError
 from inference_trio.jsonrpc import (
     MAX_BATCH,
     MAX_DEPTH,
@@ -356,7 +356,7 @@ def test_an_answer_has_the_members_that_the_specification_names() -> None:
     assert response("a", {"x": 1}) == {"jsonrpc": "2.0", "id": "a", "result": {"x": 1}}
     error = RateLimitedError("Slow down", retry_after=1.0)
     assert failure(None, error) == {"jsonrpc": "2.0", "id": None, "error": error.to_wire()}
-    assert failure(2**70, InternalError("A defect"))["error"] == {"code": -32603, "message": "A defect"}
+    assert failure(2**70, NoSuchTaskError("None"))["error"] == {"code": -32004, "message": "None"}
 
 
 def test_a_notification_of_a_task_has_the_session_the_task_and_its_number() -> None:

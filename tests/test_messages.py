@@ -9,7 +9,7 @@ import httpx2
 import msgspec
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 
@@ -99,6 +99,7 @@ messages = st.one_of(
 )
 
 
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.lists(messages, max_size=4))
 def test_any_conversation_is_sent_as_it_came(conversation: list[dict[str, Any]]) -> None:
     assert sent(conversation) == conversation

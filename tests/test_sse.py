@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_trio import sse
@@ -45,6 +45,7 @@ def test_events_are_read_by_the_rules_in_one_read_or_many(stream: bytes, expecte
     assert events(*(stream[i : i + 1] for i in range(len(stream)))) == expected
 
 
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(
     lines=st.lists(st.sampled_from([b"data: a", b"data: b", b": x", b"", b""]), max_size=8),
     end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
@@ -55,6 +56,10 @@ def test_cuts_and_line_ends_make_no_difference(lines: list[bytes], end: bytes, c
     edges = [0, *sorted(cuts), max([len(stream), *cuts])]
     reads = [stream[start:stop] for start, stop in itertools.pairwise(edges)]
     assert events(*reads) == events(b"\n".join(lines))
+
+
+def test_an_empty_read_between_cr_and_lf_makes_no_difference() -> None:
+    assert events(b"data: a\r", b"", b"\ndata: b\r\n\r\n") == [b"a\nb"]
 
 
 def test_what_comes_before_the_first_event_is_kept_until_then() -> None:

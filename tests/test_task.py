@@ -273,6 +273,13 @@ def test_a_result_for_a_call_that_is_not_outstanding_changes_nothing(outcomes: T
     assert caught.value.message.endswith("- at `params.results`")
 
 
+def test_many_long_ids_are_not_sent_back_whole() -> None:
+    unknown = results(*(f"{number}{'x' * 1000}" for number in range(1000)))
+    with pytest.raises(InvalidParamsError) as caught:
+        task_after(calls(A)).apply(unknown)
+    assert len(caught.value.message) < 5000
+
+
 def test_ids_of_an_earlier_round_are_no_longer_outstanding() -> None:
     task = task_after(calls(A), results("a"), calls(B))
     with pytest.raises(InvalidParamsError):

@@ -6,7 +6,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_trio.deltas import ToolCallDelta
@@ -117,6 +117,11 @@ TWICE = [("weather", A), ("weather", B)]
             ],
             id="names and ids repeated after all calls",
         ),
+        pytest.param(
+            [("weather", {"a": {}, "b": 2})],
+            [Piece(0, "x", "weather", '{"a": {}'), Piece(0, "x", "weather", ', "b": 2}')],
+            id="name and id repeated after an inner object",
+        ),
         pytest.param([("weather", A)], [Piece(0, "x"), Piece(0, "", "weather", A_JSON)], id="the name late"),
         pytest.param([], [Piece(0, "x")], id="an id and nothing more"),
         pytest.param([], [Piece(), Piece(None, "", "", " ")], id="nothing"),
@@ -126,6 +131,7 @@ def test_pieces_come_together(expected: list[tuple[str, dict[str, int]]], pieces
     assert summary(*pieces) == expected
 
 
+@settings(deadline=None, derandomize=True, max_examples=200)
 @given(
     parameters=st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(), st.booleans()), max_size=4),
     cuts=st.lists(st.integers(0, 60), max_size=6),
