@@ -4,10 +4,10 @@
 when it is imported, so the plain ``hypercorn`` command has them too. Every reason stands at its override.
 
 How a connection ends. One task reads the socket, inside the cancel scope ``_reading``; all else is the
-application's task and a few of Hypercorn's. Whatever ends a connection acts on that scope:
+application's task and a few of Hypercorn's. Whatever ends a connection ends its reading:
 
-* The peer went silent, or the application took nothing: the deadline, moved on with each read, is reached.
-* A write failed or took too long: the scope is cancelled.
+* The peer went silent, or the application took nothing: the scope's deadline, moved on with each read, is reached.
+* A write failed or took too long: the socket is closed.
 * We close (after a close frame or a last response): we send end-of-file, then read and discard for at most
   ``LINGER`` seconds. A socket that is closed with unread input is reset, and many a client then never sees
   why it was closed.
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,6 @@ from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WS
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, WebsocketAcceptEvent
 from quart_trio.wrappers import TrioWebsocket
-from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection, Message, Ping
 from wsproto.frame_protocol import CloseReason
 
@@ -167,7 +167,6 @@ class BoundedTCPServer(TCPServer):
                     await self.stream.send_all(data)
             except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
                 await trio.aclose_forcefully(self.stream)
-                self._reading.cancel()
 
     async def _linger(self) -> None:
         self._closing = True
@@ -176,10 +175,8 @@ class BoundedTCPServer(TCPServer):
             await self.stream.aclose()
             return
         async with self.send_lock:
-            try:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await self.stream.send_eof()
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                self._reading.cancel()
 
     async def _read_data(self) -> None:
         with self._reading:
@@ -270,8 +267,6 @@ class BoundedWSStream(WSStream):
                 return
 
     async def _handle_message(self, event: Message[Any]) -> None:
-        if self.connection.state is not ConnectionState.OPEN:
-            return  # RFC 6455, section 1.4: what follows our close frame is discarded
         try:
             self.buffer.extend(event)
         except FrameTooLargeError:
