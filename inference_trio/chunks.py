@@ -41,28 +41,27 @@ class _Delta(msgspec.Struct):
     reasoning_content: Any = None
     reasoning: Any = None
     tool_calls: list[_ToolCall] | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
+    function_call: _Function | None = None
 
 
 class _Choice(msgspec.Struct):
+    index: Any = None
     delta: _Delta | None = None
+    message: _Delta | None = None
+    text: str | None = None
     finish_reason: str | None = None
-    usage: _Usage | None = None
+    usage: Any = None
 
 
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: Any = None
     model: Any = None
     error: Any = None
     object: Any = None
 
 
+_USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _decoder = msgspec.json.Decoder(_Chunk)
 
 
@@ -148,11 +147,12 @@ def _refuse_constant(name: str) -> NoReturn:
 def _normalised(chunk: _Chunk, event: bytes) -> JsonObject:
     if chunk.error or chunk.object == "error":
         raise ErrorInStreamError(chunk.error or msgspec.json.decode(event))
-    choice = chunk.choices[0] if chunk.choices else _Choice()
-    usage = _complete_usage(chunk.usage) or _complete_usage(choice.usage)
-    if not chunk.choices:
+    choice = next((choice for choice in chunk.choices or () if choice.index in (None, 0, "0")), None)
+    usage = _complete_usage(chunk.usage) or _complete_usage(choice and choice.usage)
+    if choice is None:
         return {"choices": [], "usage": usage}
-    return _langchain_chunk(_fields_of(choice.delta or _Delta()), choice.finish_reason, usage, chunk.model)
+    delta = choice.delta or choice.message or _Delta(content=choice.text)  # some servers send the last two
+    return _langchain_chunk(_fields_of(delta), choice.finish_reason, usage, chunk.model)
 
 
 def _langchain_chunk(
@@ -171,8 +171,9 @@ def _fields_of(delta: _Delta) -> JsonObject:
         if text and isinstance(text, str):
             fields[name] = text
             break
-    if delta.tool_calls:
-        fields["tool_calls"] = [_langchain_tool_call(call) for call in delta.tool_calls]
+    calls = delta.tool_calls or ([_ToolCall(function=delta.function_call)] if delta.function_call else [])
+    if calls:
+        fields["tool_calls"] = [_langchain_tool_call(call) for call in calls]
     return fields
 
 
@@ -189,13 +190,16 @@ def _langchain_tool_call(call: _ToolCall) -> JsonObject:
     }
 
 
-def _complete_usage(usage: _Usage | None) -> JsonObject | None:
-    """``None`` where numbers are missing, for LangChain would take them for 0."""
-    if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
-        return None
-    total = usage.total_tokens
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens if total is None else total,
-    }
+def _complete_usage(usage: Any) -> JsonObject | None:
+    """``None`` where a number is missing or is none, for LangChain would take it for 0."""
+    counts = [_count(usage.get(name)) for name in _USAGE_FIELDS] if isinstance(usage, dict) else []
+    match counts:
+        case [int(prompt), int(completion), total]:
+            total = prompt + completion if total is None else total
+            return dict(zip(_USAGE_FIELDS, (prompt, completion, total), strict=True))
+    return None
+
+
+def _count(value: Any) -> int | None:
+    is_count = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == int(value)
+    return int(value) if is_count else None

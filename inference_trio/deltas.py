@@ -6,6 +6,7 @@ pair. `read_deltas` keeps the first half back until the next chunk, so that what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -156,7 +157,8 @@ _FINISH_REASONS = {
 def _finish_reason(metadata: Mapping[str, Any]) -> str | None:
     for key in _FINISH_REASON_KEYS:
         if reason := metadata.get(key):
-            return _FINISH_REASONS.get(str(reason).lower(), well_formed(str(reason)))
+            word = str(reason)
+            return _FINISH_REASONS.get(word.lower(), word if re.fullmatch("[A-Za-z_]{1,32}", word) else "unknown")
     status = metadata.get("status")  # as OpenAI's Responses API says it
     if status == "incomplete":
         return _finish_reason({"finish_reason": (metadata.get("incomplete_details") or {}).get("reason")})

@@ -147,8 +147,9 @@ class RoundAccumulator:
     def finish(self, offered: Collection[str], used_ids: Collection[str] = ()) -> RoundFinished | ToolCallsRequested:
         """What the round comes to, given the names of the tools offered and the call ids of earlier rounds.
 
-        Calls in a message that was cut off (``length``, ``content_filter``) are dropped. Raises
-        BrokenStreamError where no finish reason came, UpstreamError where it says that the provider failed.
+        Calls in a message that was cut off (``length``, ``content_filter``) are dropped. Raises BrokenStreamError
+        where no finish reason came, or one that speaks of calls and there are none, and UpstreamError where it
+        says that the provider failed.
         """
         reason = self.finish_reason
         if reason is None:
@@ -162,6 +163,8 @@ class RoundAccumulator:
                 provider_message="",
             )
         calls = () if reason in _CUT_OFF else tuple(self._tool_calls.complete(offered, used_ids))
+        if reason == "tool_calls" and not calls:
+            raise BrokenStreamError("The provider says that the model calls tools, but there is no call")
         return ToolCallsRequested(calls, reason, self._usage) if calls else RoundFinished(reason, self._usage)
 
     def provider_message(self, text: str, calls: Sequence[ToolCall]) -> AIMessage | None:

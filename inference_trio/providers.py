@@ -19,7 +19,7 @@ import attrs
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata, add_usage
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from .chat import JsonObject
 from .errors import ConfigurationError, InvalidParamsError
@@ -80,7 +80,9 @@ def open_provider(settings: Settings) -> ProviderSource:
         create = importlib.import_module("langchain.chat_models").init_chat_model
         build = partial(create, model=settings.model_name, model_provider=settings.provider, **options)
         build = partial(build, **_limits(settings, type(build())))
-        return ProviderSource(settings.model_name, build, build())
+        model = build()
+        _require_key(model, settings.provider)
+        return ProviderSource(settings.model_name, build, model)
     except ImportError as error:
         packages = f"langchain {_package_for(settings.provider, error)}"
         raise ConfigurationError(f"LLM_PROVIDER={settings.provider} needs: pip install {packages}") from error
@@ -88,6 +90,17 @@ def open_provider(settings: Settings) -> ProviderSource:
         raise ConfigurationError(f"LLM_PROVIDER={settings.provider} takes no {_explained(error)}") from None
     except ValueError as error:
         raise ConfigurationError(f"LLM_PROVIDER={settings.provider}: LangChain knows no such provider") from error
+
+
+def _require_key(model: BaseChatModel, provider: str) -> None:
+    """Some packages take an empty key, and fail at each request. Raises ConfigurationError."""
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if name.endswith("api_key") and isinstance(value, SecretStr) and not value.get_secret_value():
+            variable = f"{provider.upper()}_API_KEY"
+            raise ConfigurationError(
+                f"{variable} is not set: put the provider's key in it, or name it in API_KEY_ENV_VAR"
+            )
 
 
 def _package_for(provider: str, error: ImportError) -> str:

@@ -96,6 +96,7 @@ class Runner:
     _provider_message: BaseMessage | None = None
     _used_ids: set[str] = attrs.field(factory=set)
     _has_begun: bool = False
+    _error_code: int | None = None
     _started_at: float = attrs.field(factory=trio.current_time)
     _first_delta_at: float | None = None
 
@@ -236,6 +237,7 @@ class Runner:
             self.sink.append(note)
 
     def _fail(self, error: InferenceError) -> None:
+        self._error_code = error.code
         if self.task.has_ended:  # and how it did could not be told
             self.sink.append(Error(task_id=self.task.id, error=error.to_wire()))
         else:
@@ -250,6 +252,7 @@ class Runner:
             extra={
                 "model": self.model_name,
                 "state": self.task.state.value,
+                "error": self._error_code,
                 "rounds": self.task.rounds,
                 "input_tokens": usage and usage.input_tokens,
                 "output_tokens": usage and usage.output_tokens,

@@ -18,7 +18,7 @@ import attrs
 import trio
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException, NotFound, UnsupportedMediaType
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, UnsupportedMediaType
 
 from . import openrpc
 from .connection import Connection
@@ -127,7 +127,10 @@ async def refuse(error: InferenceError) -> Response:
 
 
 async def refuse_http(error: HTTPException) -> Response:
-    return _error(InvalidRequestError(error.description or error.name), error.code or 500)
+    response = _error(InvalidRequestError(error.description or error.name), error.code or 500)
+    if isinstance(error, MethodNotAllowed):
+        response.allow.update(error.valid_methods or ())
+    return response
 
 
 async def report_defect(error: Exception) -> Response:

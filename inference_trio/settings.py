@@ -132,9 +132,9 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 
 def _variable_name(text: str) -> str:
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text):
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", text):
         # Most likely the key itself was put here.
-        raise _HiddenValueError("the name of the variable that holds the key (not the key itself)")
+        raise _HiddenValueError("the name of the variable that holds the key, in upper case (not the key itself)")
     return text
 
 

@@ -181,9 +181,10 @@ def _first_text(details: Any, *keys: str) -> str:
 
 def _shown(text: str, secrets: Collection[str]) -> str:
     """``text`` without the secrets, nor the masked forms in which providers show parts of them."""
-    for secret in filter(None, secrets):
+    for secret in secrets:
         text = text.replace(secret, _HIDDEN)
-    text = re.sub(r"\S+", lambda word: _HIDDEN if "***" in word[0] else word[0], text)
+    parts = ["***", *(part for secret in secrets if len(secret) >= 16 for part in (secret[:8], secret[-8:]))]
+    text = re.sub(r"\S+", lambda word: _HIDDEN if any(part in word[0] for part in parts) else word[0], text)
     return text.encode("utf-8", "replace").decode()[:MAX_PROVIDER_MESSAGE]
 
 

@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio_websocket
 
+from inference_trio.settings import Secret
 from tests import answers, quirks
 from tests.harness import KEY, Client, Server, open_server, settings
 from tests.upstream import Upstream, open_upstream
@@ -447,3 +448,62 @@ async def test_half_a_character_anywhere_in_the_stream_breaks_nothing() -> None:
     async with chatting(script, answers.reply("x"), answers.reply("y")) as (client, _):
         assert (await client.ask_model())["task_id"]
         assert (await client.ask_model())["final_text"] in ("x", "y")
+
+
+def _choice(**fields: Any) -> Any:
+    return answers.sse({"choices": [{"finish_reason": "stop", **fields}]})
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ((_choice(delta=None, message={"content": "whole"}), answers.done()), "whole"),
+        ((_choice(text="legacy"), answers.done()), "legacy"),
+        (
+            (
+                answers.sse(
+                    {"choices": [{"index": 1, "delta": {"content": "B"}}, {"index": 0, "delta": {"content": "a"}}]}
+                ),
+                answers.finish(),
+                answers.done(),
+            ),
+            "a",
+        ),
+    ],
+)
+async def test_text_in_other_places_is_found_and_other_choices_are_not_mixed_in(script: Any, text: str) -> None:
+    async with chatting(script) as (client, _):
+        assert (await client.ask_model())["final_text"] == text
+
+
+@pytest.mark.parametrize("usage", ["", [], {"prompt_tokens": "3"}, {"prompt_tokens": 1.5, "completion_tokens": 1}])
+async def test_a_count_that_is_none_does_not_break_an_answer(usage: Any) -> None:
+    script = (answers.text("a"), answers.sse({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": usage}))
+    async with chatting((*script, answers.done())) as (client, _):
+        end = await client.ask_model()
+        assert (end["final_text"], end["usage"]) == ("a", None)
+
+
+async def test_a_legacy_function_call_is_a_call_and_calls_that_are_not_there_are_an_error() -> None:
+    call = answers.chunk({"function_call": {"name": "get_weather", "arguments": "{}"}}, "function_call")
+    nothing = (answers.text("x"), answers.finish("tool_calls"), answers.done())
+    async with chatting((answers.sse(call), answers.done()), nothing, tools=[TOOL]) as (client, _):
+        await client.generate()
+        assert (await client.until("function_call_request"))["tool_name"] == "get_weather"
+        await client.ask("generate", {"message": "hi"})
+        assert (await client.until("error"))["error"]["code"] == -32006
+
+
+async def test_parts_of_the_key_are_hidden_too() -> None:
+    key = "sk-0123456789abcdefghij"
+    said = f"No: {key[:11]}...{key[-8:]}, not {key}; but none of that."
+    script = answers.status(401, {"error": {"message": said}})
+    async with chatting(script, api_key=Secret(key)) as (client, _):
+        message = (await client.ask_model())["error"]["data"]["provider_message"]
+        assert key[:8] not in message
+        assert "none of that." in message
+
+
+async def test_a_wrong_method_says_which_are_right() -> None:
+    async with serving() as (server, _):
+        assert "POST" in (await server.get("/create_session")).headers["allow"]
