@@ -179,9 +179,12 @@ class BoundedTCPServer(TCPServer):
                 await self.stream.send_eof()
 
     async def _read_data(self) -> None:
-        with self._reading:
-            await self._receive()
-        await self.stream.aclose()
+        try:
+            with self._reading:
+                await self._receive()
+        finally:
+            # Also where the server stops: a write under way is shielded, and ends with its socket.
+            await trio.aclose_forcefully(self.stream)
         with trio.move_on_after(LINGER):
             await self.protocol.handle(Closed())
         # Hypercorn would wait for the ping and idle timers, and for an application that does not read.

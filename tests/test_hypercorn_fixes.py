@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import TypeVar
 
 import attrs
 import h2.config
@@ -36,7 +37,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, Event, Message, Ping, TextMessage
 
-from inference_trio.hypercorn_fixes import LINGER, BoundedWebsocket, ServerLimits, install
+from inference_trio import hypercorn_fixes
+from inference_trio.hypercorn_fixes import BoundedWebsocket, ServerLimits, install
 
 MEGABYTE = 2**20
 HOUR = 3600
@@ -52,11 +54,15 @@ UNBOUNDED_QUART = hasattr(TrioWebsocket, "buffer_class")  # Quart-Trio 0.13, whi
 
 @pytest.fixture(autouse=True)
 def hypercorn_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo whatever was installed before, and afterwards what the test installs."""
+    """Undo whatever was installed before, and afterwards what the test installs.
+
+    Nothing in a test ends because a connection has lingered for long enough.
+    """
     monkeypatch.setattr(hypercorn.trio.run, "TCPServer", TCPServer)
     for protocol in (hypercorn.protocol.h11, hypercorn.protocol.h2):
         monkeypatch.setattr(protocol, "WSStream", WSStream)
         monkeypatch.setattr(protocol, "HTTPStream", HTTPStream)
+    monkeypatch.setattr(hypercorn_fixes, "LINGER", HOUR)
 
 
 @pytest.fixture
@@ -202,6 +208,17 @@ async def test_without_a_write_timeout_it_blocks_for_ever(clock: MockClock) -> N
         assert not app.ended.is_set()
 
 
+async def test_a_server_that_stops_does_not_wait_for_a_client_that_does_not_read() -> None:
+    install(LIMITS)
+    app = ToyApp()
+    async with AsyncExitStack() as clients:
+        with trio.move_on_after(10) as soon:
+            async with serving(app) as port:
+                await clients.enter_async_context(connected(port, b"/shout"))
+                await blocked(app)
+        assert not soon.cancel_called
+
+
 async def blocked(app: ToyApp) -> None:
     """Wait until the handler is busy, and nothing moves any more."""
     with trio.fail_after(10):
@@ -318,6 +335,27 @@ async def test_without_it_compression_is_accepted() -> None:
         assert b"permessage-deflate" in client.head
 
 
+async def test_compression_is_not_accepted_over_http2() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port:
+        assert b"sec-websocket-extensions" not in await http2_handshake(port)
+
+
+async def test_without_it_compression_is_accepted_over_http2() -> None:
+    async with serving(ToyApp()) as port:
+        assert b"sec-websocket-extensions" in await http2_handshake(port)
+
+
+async def http2_handshake(port: int) -> dict[bytes, bytes]:
+    """The headers that answer a handshake as in RFC 8441 that offers compression."""
+    request = {":method": "CONNECT", ":protocol": "websocket", ":path": "/echo", "sec-websocket-version": "13"}
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+        offer = request | {"sec-websocket-extensions": "permessage-deflate"}
+        response = await http2_response(stream, connection, h2.events.ResponseReceived, offer)
+    return dict(response.headers)
+
+
 @pytest.mark.parametrize(
     ("message", "echo"),
     [(TextMessage(data=""), "''"), (BytesMessage(data=b"\xff"), r"b'\xff'"), (BytesMessage(data=b""), "b''")],
@@ -384,7 +422,7 @@ async def test_an_application_that_does_not_read_is_cancelled_in_time(clock: Moc
         clock.jump(LIMITS.pong_timeout)
         await wait_all_tasks_blocked()
         assert not app.ended.is_set()  # it is told, and has a while to take note
-        clock.jump(LINGER)
+        clock.jump(HOUR)
         with trio.fail_after(10):
             await app.ended.wait()
 
@@ -449,6 +487,12 @@ async def test_without_it_the_timer_of_pings_stays_a_while() -> None:
         await open_and_close_a_connection(websocket_ping_interval=20)
 
 
+async def test_a_disconnect_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    install(LIMITS)
+    await open_and_close_a_connection()
+    assert caplog.messages == []
+
+
 async def open_and_close_a_connection(**settings: object) -> None:
     """Return when there are as many tasks as before it."""
     async with serving(ToyApp(), **settings) as port:
@@ -510,18 +554,29 @@ async def send_handshake_that_is_not_ascii(port: int) -> None:
 
 
 async def send_data_after_the_response(port: int) -> None:
-    connection = h2.connection.H2Connection(h2.config.H2Configuration())
-    connection.initiate_connection()
-    headers = {":method": "POST", ":path": "/unknown", ":scheme": "http", ":authority": "localhost"}
-    connection.send_headers(1, list(headers.items()))
     async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-        await stream.send_all(connection.data_to_send())
-        events: list[h2.events.Event] = []
-        while not any(isinstance(event, h2.events.StreamEnded) for event in events):
-            events += connection.receive_data(await stream.receive_some())
+        connection = h2.connection.H2Connection(h2.config.H2Configuration())
+        await http2_response(stream, connection, h2.events.StreamEnded, {":method": "POST", ":path": "/unknown"})
         connection.send_data(1, b"late")
         await stream.send_all(connection.data_to_send())
         await everything(stream)
+
+
+EventT = TypeVar("EventT", bound=h2.events.Event)
+
+
+async def http2_response(
+    stream: trio.SocketStream, connection: h2.connection.H2Connection, kind: type[EventT], headers: dict[str, str]
+) -> EventT:
+    """Send a request without ending it; the first event of this kind that answers it."""
+    connection.initiate_connection()
+    connection.send_headers(1, list({":scheme": "http", ":authority": "localhost", **headers}.items()))
+    await stream.send_all(connection.data_to_send())
+    with trio.fail_after(10):
+        while True:
+            for event in connection.receive_data(await stream.receive_some()):
+                if isinstance(event, kind):
+                    return event
 
 
 # Bodies
