@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 from langchain_core.messages import AIMessageChunk
 
-from .task import Usage
+from .protocol import Usage
 
 REASONING_FIELDS = ("reasoning_content", "reasoning")
 """Where providers of OpenAI's format send reasoning, and want it back: DeepSeek and vLLM, OpenRouter."""

@@ -23,12 +23,11 @@ from langchain_core.messages.ai import add_ai_message_chunks
 from langchain_core.messages.tool import invalid_tool_call, tool_call
 
 from .chat import JsonObject
-from .deltas import REASONING_FIELDS, Delta, ToolCallDelta
+from .deltas import REASONING_FIELDS, Delta
 from .errors import BrokenStreamError, UpstreamError
-from .task import RoundFinished, ToolCall, ToolCallsRequested, Usage
+from .protocol import Usage
+from .task import RoundFinished, ToolCall, ToolCallsRequested
 from .tool_calls import ToolCallAssembler, parse_arguments
-
-__all__ = ["Delta", "ModelRequest", "RoundAccumulator", "ToolCallDelta", "to_langchain", "wire_form"]
 
 _CUT_OFF = ("length", "content_filter")
 _FAILURES = (

@@ -22,8 +22,6 @@ from .providers import open_provider
 from .settings import SHORTEST_KEY, Settings
 from .upstream_errors import translated
 
-__all__ = ["ChatModel", "ModelRequest", "build_model"]
-
 
 class Source(Protocol):
     """Where chunks come from."""

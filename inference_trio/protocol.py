@@ -144,8 +144,8 @@ class FunctionCallRequest(TaskNotification, frozen=True):
     timeout: float
 
 
-class UsageOfTask(Struct, frozen=True):
-    """Tokens over all rounds, as the provider counted them."""
+class Usage(Struct, frozen=True):
+    """Tokens as the provider counted them; of a task, over all its rounds."""
 
     input_tokens: int
     output_tokens: int
@@ -159,7 +159,7 @@ class End(TaskNotification, frozen=True):
     status_message: Literal["completed", "cancelled", "length", "content_filter"]
     final_text: str
     finish_reason: str | None
-    usage: UsageOfTask | None
+    usage: Usage | None
     messages: list[JsonObject]
 
 

@@ -29,8 +29,7 @@ from .errors import (
     UpstreamTimeoutError,
 )
 from .logs import log_context
-from .messages import RoundAccumulator, to_langchain
-from .model import ModelRequest
+from .messages import ModelRequest, RoundAccumulator, to_langchain
 from .protocol import Error, TaskNotification
 from .settings import Settings
 from .task import (

@@ -28,15 +28,7 @@ from . import protocol
 from .chat import JsonObject
 from .errors import InferenceError, InvalidParamsError, TooManyRoundsError
 from .jsonrpc import encode
-
-
-@attrs.frozen
-class Usage:
-    """Tokens as the provider counted them."""
-
-    input_tokens: int
-    output_tokens: int
-    total_tokens: int
+from .protocol import Usage
 
 
 @attrs.frozen
@@ -324,13 +316,12 @@ class Task:
         )
 
     def _end(self, status: Status, finish_reason: str | None) -> protocol.End:
-        usage = self.usage
         return protocol.End(
             task_id=self.id,
             status_message=status,
             final_text=self.text,
             finish_reason=finish_reason,
-            usage=protocol.UsageOfTask(**attrs.asdict(usage)) if usage else None,
+            usage=self.usage,
             messages=self.messages,
         )
 

@@ -14,10 +14,9 @@ import trio
 from inference_trio.chat import Tool
 from inference_trio.deltas import Delta, ToolCallDelta
 from inference_trio.errors import InferenceError
-from inference_trio.model import ModelRequest
-from inference_trio.protocol import TaskNotification
+from inference_trio.messages import ModelRequest
+from inference_trio.protocol import TaskNotification, Usage
 from inference_trio.settings import Settings
-from inference_trio.task import Usage
 
 Receive = Callable[[list[Delta]], Awaitable[None]]
 Step = Callable[[Receive], Awaitable[None]]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessageChunk
 
 from inference_trio.deltas import Delta, ToolCallDelta, delta_of, read_deltas
-from inference_trio.task import Usage
+from inference_trio.protocol import Usage
 
 
 def chunk(content: Any = "", **fields: Any) -> AIMessageChunk:

@@ -41,7 +41,7 @@ from inference_trio.protocol import (
     TaskStatus,
     TextChunk,
     ToolResult,
-    UsageOfTask,
+    Usage,
 )
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -379,8 +379,8 @@ def test_a_notification_that_speaks_of_the_connection_has_no_number() -> None:
     }
 
 
-@pytest.mark.parametrize("usage", [None, UsageOfTask(1, 2, 3)])
-def test_what_a_notification_holds_is_written_with_all_its_fields(usage: UsageOfTask | None) -> None:
+@pytest.mark.parametrize("usage", [None, Usage(1, 2, 3)])
+def test_what_a_notification_holds_is_written_with_all_its_fields(usage: Usage | None) -> None:
     end = End(
         task_id="t",
         status_message="cancelled",

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 
 from inference_trio.chat import Message
+from inference_trio.deltas import Delta, ToolCallDelta
 from inference_trio.errors import BrokenStreamError, UpstreamError
-from inference_trio.messages import Delta, RoundAccumulator, ToolCallDelta, to_langchain
+from inference_trio.messages import RoundAccumulator, to_langchain
 from inference_trio.openai_model import CompatibleChatOpenAI
-from inference_trio.task import RoundFinished, ToolCall, ToolCallsRequested, Usage
+from inference_trio.protocol import Usage
+from inference_trio.task import RoundFinished, ToolCall, ToolCallsRequested
 
 CLIENT = openai.OpenAI(api_key="none", base_url="http://upstream.test/v1", http_client=httpx2.Client())
 

@@ -14,6 +14,7 @@ import pytest
 import trio
 from langchain_core.tracers.context import collect_runs
 
+from inference_trio.deltas import Delta
 from inference_trio.errors import (
     BrokenStreamError,
     InferenceError,
@@ -21,7 +22,7 @@ from inference_trio.errors import (
     UpstreamError,
     UpstreamTimeoutError,
 )
-from inference_trio.messages import Delta, ModelRequest, RoundAccumulator, to_langchain
+from inference_trio.messages import ModelRequest, RoundAccumulator, to_langchain
 from inference_trio.model import ChatModel, build_model
 from inference_trio.settings import Secret, Settings
 from inference_trio.task import RoundFinished, ToolCallsRequested

@@ -32,7 +32,7 @@ from inference_trio.protocol import (
     Started,
     TaskStatus,
     TextChunk,
-    UsageOfTask,
+    Usage,
 )
 from tests.test_chat import MESSAGES, with_extras
 from tests.test_protocol import GOOD
@@ -190,7 +190,7 @@ def test_an_answer_is_what_the_result_says(method: str, result: Any) -> None:
     assert not validator.is_valid([])
 
 
-USAGE = UsageOfTask(input_tokens=1, output_tokens=2, total_tokens=3)
+USAGE = Usage(input_tokens=1, output_tokens=2, total_tokens=3)
 CALL = FunctionCallRequest(task_id="t", request_id="c", tool_name="f", parameters={"a": 1}, timeout=300.0)
 NOTES: list[Notification] = [
     TextChunk(task_id="t", chunk="Hi"),

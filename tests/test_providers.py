@@ -14,6 +14,7 @@ import trio
 from langchain_core.language_models import FakeListChatModel
 
 from inference_trio import providers
+from inference_trio.deltas import Delta
 from inference_trio.errors import (
     ConfigurationError,
     InferenceError,
@@ -21,11 +22,12 @@ from inference_trio.errors import (
     RateLimitedError,
     UpstreamError,
 )
-from inference_trio.messages import Delta, ModelRequest, RoundAccumulator, to_langchain
+from inference_trio.messages import ModelRequest, RoundAccumulator, to_langchain
 from inference_trio.model import ChatModel, build_model
+from inference_trio.protocol import Usage
 from inference_trio.providers import open_provider
 from inference_trio.settings import Secret, Settings
-from inference_trio.task import RoundFinished, ToolCall, ToolCallsRequested, Usage
+from inference_trio.task import RoundFinished, ToolCall, ToolCallsRequested
 
 pytest.importorskip("langchain_anthropic")
 

@@ -23,7 +23,7 @@ from inference_trio.protocol import (
     ResultOfTool,
     TaskNotification,
     TextChunk,
-    UsageOfTask,
+    Usage,
 )
 from inference_trio.task import (
     TRANSITIONS,
@@ -40,7 +40,6 @@ from inference_trio.task import (
     ToolCallsRequested,
     ToolOutcome,
     ToolResultsReceived,
-    Usage,
     outcome_of,
 )
 
@@ -152,7 +151,7 @@ def test_an_answer_in_text_is_told_chunk_by_chunk_and_whole_at_the_end() -> None
             status_message="completed",
             final_text="Hello",
             finish_reason="stop",
-            usage=UsageOfTask(input_tokens=10, output_tokens=2, total_tokens=12),
+            usage=Usage(input_tokens=10, output_tokens=2, total_tokens=12),
             messages=[{"role": "assistant", "content": "Hello"}],
         ),
     ]
@@ -396,15 +395,15 @@ def test_a_failure_while_tools_are_awaited_ends_the_task() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        (Usage(10, 2, 12), Usage(20, 3, 25), UsageOfTask(30, 5, 37)),
-        (Usage(0, 0, 0), Usage(0, 0, 0), UsageOfTask(0, 0, 0)),
+        (Usage(10, 2, 12), Usage(20, 3, 25), Usage(30, 5, 37)),
+        (Usage(0, 0, 0), Usage(0, 0, 0), Usage(0, 0, 0)),
         (Usage(10, 2, 12), None, None),
         (None, Usage(10, 2, 12), None),
         (None, None, None),
     ],
 )
 def test_usage_is_the_sum_over_all_rounds_or_null(
-    first: Usage | None, second: Usage | None, expected: UsageOfTask | None
+    first: Usage | None, second: Usage | None, expected: Usage | None
 ) -> None:
     task = task_after(calls(A, usage=first), results("a"))
     assert the_end(told(task, RoundFinished("stop", second))).usage == expected
@@ -412,7 +411,7 @@ def test_usage_is_the_sum_over_all_rounds_or_null(
 
 def test_usage_after_a_cancel_is_null_unless_every_round_was_complete() -> None:
     complete = task_after(calls(A, usage=Usage(10, 2, 12)))
-    assert the_end(told(complete, CancelRequested())).usage == UsageOfTask(10, 2, 12)
+    assert the_end(told(complete, CancelRequested())).usage == Usage(10, 2, 12)
     cut_off = task_after(calls(A, usage=Usage(10, 2, 12)), results("a"))
     assert the_end(told(cut_off, CancelRequested())).usage is None
 
