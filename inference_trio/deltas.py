@@ -112,13 +112,14 @@ def _reasoning_beside(additional_kwargs: Mapping[str, Any]) -> tuple[str, str]:
 def _text_of_blocks(message: AIMessageChunk) -> tuple[str, str]:
     """Text and reasoning of content that is a list of blocks, which LangChain knows to read for each provider."""
     text, reasoning = [], []
-    for block in message.content_blocks:
+    blocks: list[Any] = [*message.content_blocks]
+    for block in blocks:
         if block["type"] == "text":
             text.append(block.get("text", ""))
         elif block["type"] == "reasoning":
             reasoning.append(block.get("reasoning", ""))
-        elif block["type"] == "non_standard":
-            text.append(block["value"].get("refusal", ""))
+        else:  # a refusal; before langchain-core 1.8 it stands within a non-standard block
+            text.append(block.get("value", block).get("refusal", ""))
     return "".join(text), "".join(reasoning)
 
 
