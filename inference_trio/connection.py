@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class WebSocket(Protocol):
     """What is needed of Quart's WebSocket."""
 
-    async def accept(self) -> None: ...
+    async def accept(self, headers: None = None, subprotocol: str | None = None) -> None: ...
 
     async def receive(self) -> str | bytes: ...
 
@@ -70,6 +70,7 @@ class Cancelling:
 class Connection:
     websocket: WebSocket
     session: Session
+    subprotocol: str | None = None
     _answers: deque[str] = attrs.field(factory=deque)
     _backlog: int = 0
     _awake: trio.Event = attrs.field(factory=trio.Event)
@@ -80,7 +81,7 @@ class Connection:
     async def run(self) -> None:
         """Serves the connection, which is attached to its session, until it is closed from either side."""
         try:
-            await self.websocket.accept()
+            await self.websocket.accept(subprotocol=self.subprotocol)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read, nursery)
                 await self._write()

@@ -92,21 +92,33 @@ class ServerLimits:
         config.max_app_queue_size = 1
 
 
-def install(limits: ServerLimits, before_stop: Callable[[], Awaitable[None]] | None = None) -> None:
+def install(
+    limits: ServerLimits,
+    before_stop: Callable[[], Awaitable[None]] | None = None,
+    before_start: Callable[[list[str]], None] = lambda _: None,
+) -> None:
     """Make Hypercorn's Trio worker use these fixes in this process. The last call's arguments count.
 
-    ``before_stop`` is awaited between the signal to stop and the stop, while all is still served.
+    ``before_start`` is called with the addresses to listen on; ``before_stop`` is awaited between the signal to stop
+    and the stop, while all is still served.
     """
     for module in (hypercorn.trio, hypercorn.trio.run):
-        module.worker_serve = partial(_serve, before_stop) if before_stop else _worker_serve  # type: ignore[attr-defined]
+        module.worker_serve = partial(_serve, before_start, before_stop) if before_stop else _worker_serve  # type: ignore[attr-defined]
     hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits)  # type: ignore[assignment, attr-defined]
     for protocol in (hypercorn.protocol.h11, hypercorn.protocol.h2):
         protocol.WSStream = BoundedWSStream  # type: ignore[attr-defined]
         protocol.HTTPStream = BoundedHTTPStream  # type: ignore[attr-defined]
 
 
-async def _serve(before_stop: Callable[[], Awaitable[None]], app: Any, config: Config, **options: Any) -> None:
+async def _serve(
+    before_start: Callable[[list[str]], None],
+    before_stop: Callable[[], Awaitable[None]],
+    app: Any,
+    config: Config,
+    **options: Any,
+) -> None:
     """Hypercorn tells open WebSockets nothing when it stops: they are cut off when its time is over."""
+    before_start([*config.bind, *config.insecure_bind])
     trigger = options.pop("shutdown_trigger", None)
     config.graceful_timeout = STOPPING_TIME
     # Else it writes to stderr by itself, as well as through `logging`.

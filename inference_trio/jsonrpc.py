@@ -31,6 +31,9 @@ MAX_DEPTH = 100
 MAX_BATCH = 100
 """Requests in one batch."""
 
+MAX_CONTAINERS = 100_000
+"""Arrays and objects in a frame. Small ones take a hundred times their bytes, and the time to make them."""
+
 T = TypeVar("T")
 
 RequestId = str | int | float | None
@@ -45,6 +48,8 @@ class Call:
     params: Params
     conversation: list[JsonObject]
     """The messages of a `Generate`, as they came."""
+    size: int = attrs.field(default=0, eq=False, repr=False)
+    """Bytes of the frame, or of this call's share of it."""
 
 
 @attrs.frozen
@@ -70,20 +75,24 @@ def decode(data: str | bytes) -> Frame:
     except ParseError as error:
         return Frame(is_batch=False, items=(Invalid(None, error),))
     if not isinstance(value, list):
-        return Frame(is_batch=False, items=tuple(_decode_request(value)))
+        return Frame(is_batch=False, items=tuple(_decode_request(value, len(data))))
     if not 1 <= len(value) <= MAX_BATCH:
         size_error = InvalidRequestError(f"Expected a batch of 1 to {MAX_BATCH} requests, got {len(value)}")
         return Frame(is_batch=False, items=(Invalid(None, size_error),))
-    return Frame(is_batch=True, items=tuple(item for request in value for item in _decode_request(request)))
+    share = len(data) // len(value)
+    return Frame(is_batch=True, items=tuple(item for request in value for item in _decode_request(request, share)))
 
 
 def loads(data: str | bytes) -> Any:
-    """JSON as RFC 8259 has it: no NaN, no lone surrogates; nested at most `MAX_DEPTH` deep.
+    """JSON as RFC 8259 has it: no NaN, no lone surrogates; with at most `MAX_CONTAINERS`, `MAX_DEPTH` deep.
 
     Raises ParseError. Integers of any size keep their value; of equal names in an object the last one counts.
     """
     try:
-        value = msgspec.json.decode(data)
+        encoded = data.encode() if isinstance(data, str) else data
+        if _has_too_many_containers(encoded):
+            raise ParseError(f"Expected JSON of at most {MAX_CONTAINERS} arrays and objects")
+        value = msgspec.json.decode(encoded)
     except (msgspec.DecodeError, UnicodeError) as error:
         raise ParseError(f"Expected JSON: {error}") from error
     except RecursionError as error:
@@ -91,6 +100,18 @@ def loads(data: str | bytes) -> Any:
     if _is_deeper_than(value, MAX_DEPTH):
         raise ParseError(f"Expected JSON nested at most {MAX_DEPTH} deep")
     return value
+
+
+def _has_too_many_containers(data: bytes) -> bool:
+    """Counts before anything is made of them; with care, which takes longer, only where strings may hold the marks."""
+    if _count_marks(data) <= MAX_CONTAINERS:
+        return False
+    outside_of_strings = data.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]
+    return _count_marks(b"".join(outside_of_strings)) > MAX_CONTAINERS
+
+
+def _count_marks(data: bytes) -> int:
+    return data.count(b"{") + data.count(b"[")
 
 
 def _is_deeper_than(value: Any, depth: int) -> bool:
@@ -105,7 +126,7 @@ def _containers_in(parent: Any) -> Iterator[Any]:
     return (child for child in children if isinstance(child, dict | list))
 
 
-def _decode_request(value: Any) -> Iterator[Call | Invalid]:
+def _decode_request(value: Any, size: int) -> Iterator[Call | Invalid]:
     request = value if isinstance(value, dict) else {}
     request_id = request.get("id")
     if isinstance(request_id, bool) or not isinstance(request_id, str | int | float | None):
@@ -120,7 +141,7 @@ def _decode_request(value: Any) -> Iterator[Call | Invalid]:
             if "id" in request:
                 yield Invalid(request_id, refused)
         else:
-            yield Call(request_id, "id" in request, params, _conversation(raw))
+            yield Call(request_id, "id" in request, params, _conversation(raw), size)
 
 
 def _envelope_error(request: JsonObject) -> InvalidRequestError | None:

@@ -30,7 +30,8 @@ import attrs
 import trio
 
 from .errors import ConfigurationError
-from .settings import EMBEDDED_MODEL, Secret
+from .settings import EMBEDDED_MODEL
+from .variables import Secret
 
 CONTEXT_LENGTH = 4096
 """Tokens of prompt and answer together. The model was trained on 8192, which would take 370 MB more."""

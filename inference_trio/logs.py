@@ -9,7 +9,7 @@ Three rules hold for every line, whoever logs it:
 
 - It is one line (a traceback's further lines are indented): control characters are escaped, so text that comes from
   outside cannot forge a line.
-- The provider's key never stands in it.
+- Neither the provider's key nor a token stands in it.
 - From below WARNING only this server's and Hypercorn's lines are taken: at DEBUG the HTTP and model libraries
   log whole requests, with the prompts and headers in them.
 """
@@ -22,13 +22,14 @@ import json
 import logging
 import logging.handlers
 import queue
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError
-from .settings import SHORTEST_KEY, Secret, Settings
+from .settings import Settings
+from .variables import SHORTEST_KEY, Secret
 
 _OWN_LOGGERS = ("inference_trio", "hypercorn.error")
 _QUEUE_LINES = 8192
@@ -49,7 +50,7 @@ def configure_logging(settings: Settings) -> Callable[[], None]:
     """
     root = logging.getLogger()
     sinks = [logging.StreamHandler(), *_file_sinks(settings.log_file)]
-    handler = _LineQueue(_LineFormatter(settings.log_format, settings.api_key), sinks)
+    handler = _LineQueue(_LineFormatter(settings.log_format, [*settings.auth_tokens.values(), settings.api_key]), sinks)
     for earlier in [other for other in root.handlers if isinstance(other, _LineQueue)]:
         earlier.close()
     root.addHandler(handler)
@@ -61,13 +62,17 @@ def configure_logging(settings: Settings) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def log_context(*, task_id: str | None = None, session_id: str | None = None) -> Iterator[None]:
+def log_context(
+    *, task_id: str | None = None, session_id: str | None = None, owner: str | None = None
+) -> Iterator[None]:
     """Mark every line logged inside, also from tasks and worker threads started there, with these ids."""
     ids = dict(_context.get() or {})
     if task_id is not None:
         ids["task_id"] = task_id
     if session_id is not None:
         ids["session"] = session_id[:_SESSION_CHARACTERS]
+    if owner is not None:
+        ids["owner"] = owner
     token = _context.set(ids)
     try:
         yield
@@ -140,14 +145,18 @@ def _may_be_logged(record: logging.LogRecord) -> bool:
 
 
 class _LineFormatter(logging.Formatter):
-    """The whole line, in one of the two formats, without the key."""
+    """The whole line, in one of the two formats, without what is secret."""
 
-    def __init__(self, line_format: str, key: Secret | None) -> None:
+    def __init__(self, line_format: str, hidden: Iterable[Secret | None]) -> None:
         super().__init__()
         self._to_line = _json_line if line_format == "json" else _text_line
-        plain = key.reveal() if key is not None else ""
-        quoted = {plain, json.dumps(plain)[1:-1], repr(plain)[1:-1]}
-        self._hidden = quoted if len(plain) >= SHORTEST_KEY else set()
+        plain = {secret.reveal() for secret in hidden if secret}
+        self._hidden = {
+            form
+            for text in plain
+            if len(text) >= SHORTEST_KEY
+            for form in (text, json.dumps(text)[1:-1], repr(text)[1:-1])
+        }
 
     def format(self, record: logging.LogRecord) -> str:
         line = self._to_line(self._fields(record))

@@ -19,8 +19,9 @@ from .deltas import Delta, read_deltas
 from .messages import ModelRequest
 from .openai_model import open_openai
 from .providers import open_provider
-from .settings import SHORTEST_KEY, Settings
+from .settings import Settings
 from .upstream_errors import translated
+from .variables import SHORTEST_KEY
 
 
 class Source(Protocol):

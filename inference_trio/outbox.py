@@ -12,12 +12,16 @@ one structure follow
   was once sent under a number never changes;
 - bounded memory, whatever the client does. Only the newest notification is kept whatever its size.
 
+All outboxes, and what else sessions hold, share one `Budget`. While it is exceeded an outbox keeps nothing for
+replay, and a producer waits as soon as anything is unsent: whoever reads goes on, whoever does not read waits.
+
 Sizes are in bytes of JSON, near enough for a bound.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import attrs
 import msgspec
@@ -26,6 +30,24 @@ from .protocol import ReasoningChunk, TaskNotification, TextChunk
 
 _OVERHEAD = 160
 """Bytes for a frame's envelope, the ids and the Python objects that hold an entry."""
+
+
+@attrs.define
+class Budget:
+    """Bytes that may be held in all places together, and that are. ``make_room`` is called while it is exceeded."""
+
+    limit: int
+    make_room: Callable[[], None] = lambda: None
+    used: int = 0
+
+    @property
+    def is_exceeded(self) -> bool:
+        return self.used > self.limit
+
+    def add(self, size: int) -> None:
+        self.used += size
+        if self.is_exceeded:
+            self.make_room()
 
 
 @attrs.define
@@ -57,9 +79,10 @@ class Replay:
 
 @attrs.define
 class Outbox:
-    """``limit``: bytes that may be kept."""
+    """``limit``: bytes that may be kept, of all that ``budget`` counts."""
 
     limit: int
+    budget: Budget
     latest_seq: int = 0
     _sent: deque[Entry] = attrs.field(factory=deque)
     _unsent: deque[Entry] = attrs.field(factory=deque)
@@ -72,9 +95,13 @@ class Outbox:
         return self.latest_seq + 1 - len(self._sent) - len(self._unsent)
 
     @property
+    def size(self) -> int:
+        return self._sent_bytes + self._unsent_bytes
+
+    @property
     def is_full(self) -> bool:
         """Whether a producer has to wait until something is taken."""
-        return self._unsent_bytes >= self.limit // 2
+        return self._unsent_bytes >= (1 if self.budget.is_exceeded else self.limit // 2)
 
     def append(self, note: TaskNotification) -> None:
         """Adds a notification under the next number, or its text to the newest one if that is not sent yet."""
@@ -88,6 +115,7 @@ class Outbox:
             self.latest_seq += 1
             self._unsent.append(Entry(self.latest_seq, note, added))
         self._unsent_bytes += added
+        self.budget.add(added)
         self._forget()
 
     def take(self) -> Entry | None:
@@ -123,9 +151,20 @@ class Outbox:
         self._forget()
         return entry
 
+    def shrink(self) -> None:
+        """Keeps the newest notification only."""
+        while self._unsent and self._unsent[0].seq < self.latest_seq:
+            self._advance()
+        self._forget_while(lambda: True)
+
     def _forget(self) -> None:
-        while self._sent_bytes > self.limit // 2 and self._sent[0].seq < self.latest_seq:
-            self._sent_bytes -= self._sent.popleft().size
+        self._forget_while(lambda: self._sent_bytes > self.limit // 2 or self.budget.is_exceeded)
+
+    def _forget_while(self, is_too_much: Callable[[], bool]) -> None:
+        while self._sent and self._sent[0].seq < self.latest_seq and is_too_much():
+            size = self._sent.popleft().size
+            self._sent_bytes -= size
+            self.budget.used -= size
 
 
 def _continues(newest: Entry, note: TextChunk | ReasoningChunk) -> bool:

@@ -234,6 +234,13 @@ class Cancelled(Struct, frozen=True):
 
 
 class Created(Struct, frozen=True):
-    """Answer to ``POST /create_session``."""
+    """Answer to ``POST /create_session``. The ticket comes where a token is asked for."""
 
     session_id: str
+    ticket: str | UnsetType = UNSET
+
+
+class NewTicket(Struct, frozen=True):
+    """Answer to ``POST /sessions/{session_id}/ticket``."""
+
+    ticket: str

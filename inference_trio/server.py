@@ -16,11 +16,21 @@ from typing import Any, TypeVar
 
 import attrs
 import trio
+from msgspec import UNSET
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, UnsupportedMediaType
+from werkzeug.datastructures import Headers, WWWAuthenticate
+from werkzeug.exceptions import (
+    HTTPException,
+    MethodNotAllowed,
+    NotFound,
+    Unauthorized,
+    UnsupportedMediaType,
+)
 
 from . import openrpc
+from .access import SUBPROTOCOL, Access, Owner, is_loopback, ticket_among
+from .browsers import BrowserRules
 from .connection import Connection
 from .errors import (
     InferenceError,
@@ -34,10 +44,11 @@ from .hypercorn_fixes import BoundedWebsocket, ServerLimits, install
 from .jsonrpc import convert, encode, loads
 from .local_model import embedded_model, find_weights
 from .model import ChatModel, build_model
-from .protocol import Created, CreateSession
+from .protocol import Created, CreateSession, NewTicket
 from .runner import Model
-from .session import RETRY_AFTER, SessionStore
+from .session import RETRY_AFTER, Session
 from .settings import Settings, environment_warnings
+from .store import SessionStore
 
 T = TypeVar("T")
 
@@ -54,12 +65,16 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     for line in environment_warnings(os.environ):
         logger.warning("%s", line)
     opening = nullcontext(model) if model else open_model(settings)
-    service = Service(settings, opening)
-    install(ServerLimits(max_message_bytes=settings.max_message_bytes), service.drain)
+    service = Service(settings, opening, Access.of(settings))
+    install(ServerLimits(max_message_bytes=settings.max_message_bytes), service.drain, service.warn_of_strangers)
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket
     app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes
     app.config["BACKGROUND_TASK_SHUTDOWN_TIMEOUT"] = None  # what runs in the nursery ends when it is told to
+    rules = BrowserRules(service.access)
+    app.before_request(rules.before_request)
+    app.before_websocket(rules.before_websocket)
+    app.after_request(rules.after_request)
     app.errorhandler(InferenceError)(refuse)
     app.errorhandler(HTTPException)(refuse_http)
     app.errorhandler(Exception)(report_defect)
@@ -73,6 +88,7 @@ class Service:
 
     settings: Settings
     opening_model: AbstractAsyncContextManager[Model]
+    access: Access
     _store: SessionStore | None = None
 
     def register(self, app: QuartTrio) -> None:
@@ -82,10 +98,18 @@ class Service:
 
         app.before_serving(start)
         app.post("/create_session")(self.create_session)
+        app.post("/sessions/<session_id>/ticket")(self.issue_ticket)
         app.get("/healthz")(self.healthz)
         app.get("/readyz")(self.readyz)
         app.get("/openrpc.json")(self.openrpc)
         app.websocket("/ws/<session_id>")(self.connect)
+
+    def warn_of_strangers(self, hosts: list[str]) -> None:
+        """Called with where the server is going to listen."""
+        reachable = [host for host in hosts if not is_loopback(host)]
+        if reachable and not self.access.needs_token:
+            where = ", ".join(reachable)
+            logger.warning("whoever reaches %s can use the model: INFERENCE_AUTH_TOKENS would ask for a token", where)
 
     async def drain(self) -> None:
         if self._store:
@@ -99,8 +123,14 @@ class Service:
         return self._store
 
     async def create_session(self) -> Response:
-        session = self.store.create(convert(await _json_body(), CreateSession, "body"))
-        return _json(Created(session.id))
+        owner = self._owner(request.headers)
+        session = self.store.create(convert(await _json_body(), CreateSession, "body"), owner)
+        return _json(Created(session.id, session.issue_ticket() if self.access.needs_token else UNSET))
+
+    async def issue_ticket(self, session_id: str) -> Response:
+        owner = self._owner(request.headers)
+        owner.spend_request(trio.current_time())
+        return _json(NewTicket(self._session_of(owner, session_id).issue_ticket()))
 
     async def healthz(self) -> Response:
         return _json({"status": "ok"})
@@ -110,16 +140,37 @@ class Service:
         return _json({"status": "ready"})
 
     async def openrpc(self) -> Response:
+        self._owner(request.headers)
         return _json(openrpc.document())
 
     async def connect(self, session_id: str) -> None:
-        session = self.store.get(session_id)
-        if session is None:
-            raise NotFound("There is no such session; it may have expired")
         socket = websocket._get_current_object()  # type: ignore[attr-defined]  # noqa: SLF001 (Werkzeug's proxies)
-        connection = Connection(socket, session)
+        offered = socket.requested_subprotocols
+        session = self._session_for_ticket(session_id, ticket_among(offered))
+        if session is None:
+            session = self._session_of(self._owner(socket.headers), session_id)
+        connection = Connection(socket, session, SUBPROTOCOL if SUBPROTOCOL in offered else None)
         session.attach(connection, _after(socket.args.get("after")))
         await connection.run()
+
+    def _owner(self, headers: Headers) -> Owner:
+        owner = self.access.owner_of(headers.get("Authorization"))
+        if owner is None:
+            expected = (
+                "Expected `Authorization: Bearer <token>` with a token that is in force, or a ticket for a WebSocket"
+            )
+            raise Unauthorized(expected)
+        return owner
+
+    def _session_of(self, owner: Owner, session_id: str) -> Session:
+        session = self.store.get(session_id)
+        if session is None or session.owner is not owner:
+            raise NotFound("There is no such session; it may have expired")
+        return session
+
+    def _session_for_ticket(self, session_id: str, ticket: str | None) -> Session | None:
+        session = self.store.get(session_id) if ticket else None
+        return session if session and ticket and session.redeem(ticket) else None
 
 
 async def refuse(error: InferenceError) -> Response:
@@ -130,6 +181,8 @@ async def refuse_http(error: HTTPException) -> Response:
     response = _error(InvalidRequestError(error.description or error.name), error.code or 500)
     if isinstance(error, MethodNotAllowed):
         response.allow.update(error.valid_methods or ())
+    if isinstance(error, Unauthorized):
+        response.www_authenticate = WWWAuthenticate("bearer")
     return response
 
 

@@ -1,15 +1,14 @@
 """Sessions: what survives a connection.
 
 A `Session` owns its tools, its tasks and its outbox. A connection only attaches to it: it takes what the outbox
-holds, and when it is gone the tasks go on for the resume window. Of two connections the newer one counts.
-`SessionStore` keeps the sessions, holds the limits over all of them, and forgets those that were idle too long.
+holds, and when it is gone the tasks go on for the resume window. Of two connections the newer one counts. What
+concerns all sessions, limits above all, is the store's.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,13 +16,14 @@ import attrs
 import msgspec
 import trio
 
+from .access import Owner, Ticket
 from .chat import JsonObject
 from .errors import InvalidParamsError, NoSuchTaskError, OverloadedError
 from .jsonrpc import Call
+from .logs import log_context
 from .outbox import Entry, Outbox, Replay
 from .protocol import (
     Accepted,
-    CreateSession,
     Draining,
     Generate,
     NamedToolChoice,
@@ -43,11 +43,8 @@ logger = logging.getLogger(__name__)
 TAKEN_OVER = 4409
 """WebSocket close code for a connection whose session was taken over by a newer one."""
 
-SERVICE_RESTART = 1012
-"""WebSocket close code for a server that stops (IANA's registry of close codes)."""
-
-CLOSING_TIME = 0.5
-"""Seconds that cancelled tasks and closing connections are waited for when the server stops."""
+BYTES_PER_BYTE_OF_JSON = 3
+"""What a request holds while its task runs: its Python objects, LangChain's, and the body that is sent upstream."""
 
 RETRY_AFTER = 1.0
 """Seconds after which a client refused for a limit may try again."""
@@ -75,15 +72,37 @@ class Attachment(Protocol):
         """Close with this WebSocket code when all that is there is sent."""
 
 
+class Store(Protocol):
+    """What a session needs of the place where it is kept."""
+
+    settings: Settings
+    model: Model
+    nursery: trio.Nursery
+    """Where tasks run: it outlives every connection."""
+    drains_until: float | None
+
+    def admit_task(self, session: Session, size: int) -> None:
+        """Counts one more task that holds ``size`` bytes. Raises OverloadedError where it would be too many."""
+
+    def dismiss_task(self, session: Session, size: int) -> None:
+        """The task has ended."""
+
+    def touch(self, session: Session) -> None:
+        """The session was in use until now."""
+
+
 @attrs.define(eq=False)
 class Session:
-    """``tools`` are in OpenAI's form, ``resume_window`` is in seconds."""
+    """``tools`` are in OpenAI's form, ``resume_window`` is in seconds, ``size`` is what it holds besides its outbox."""
 
     id: str
+    owner: Owner
     tools: Sequence[JsonObject]
     resume_window: float
-    store: SessionStore
+    size: int
+    store: Store
     outbox: Outbox
+    ticket: Ticket | None = None
     runners: dict[str, Runner] = attrs.field(factory=dict)
     last_used: float = attrs.field(factory=trio.current_time)
     attached: Attachment | None = None
@@ -91,6 +110,18 @@ class Session:
     _window: trio.CancelScope | None = None
 
     # Connections
+
+    def issue_ticket(self) -> str:
+        """A ticket for one connection from a browser, in place of an earlier one."""
+        text, self.ticket = Ticket.issue(trio.current_time())
+        return text
+
+    def redeem(self, text: str) -> bool:
+        """Whether this is the session's ticket. It is good once."""
+        is_good = self.ticket is not None and self.ticket.is_good(text, trio.current_time())
+        if is_good:
+            self.ticket = None
+        return is_good
 
     def attach(self, connection: Attachment, after: int | None) -> None:
         """Makes this the session's connection. With ``after`` it is told so, and the outbox is replayed from there.
@@ -106,6 +137,7 @@ class Session:
         if self._window:
             self._window.cancel()
         self.attached = connection
+        self.store.touch(self)
         self._make_room()
         if after is not None:
             connection.tell(self._resumed(replay))
@@ -167,13 +199,14 @@ class Session:
 
     def generate(self, call: Call, params: Generate) -> Started:
         """Starts a task. Raises OverloadedError at a limit, InvalidParamsError for a model or choice not to be had."""
-        self.store.check_task_limits(self)
+        settings = self.store.settings
         if self.outbox.is_full:
             raise OverloadedError("The notifications of this session are not read", retry_after=RETRY_AFTER)
-        model_name = self.store.model_for(params.model)
+        model_name = _model_name(settings, params.model)
         tools = self.tools if params.tools is None else [tool.to_openai() for tool in params.tools]
         _check_tool_choice(params.tool_choice, tools)
-        settings = self.store.settings
+        size = call.size * BYTES_PER_BYTE_OF_JSON
+        self.store.admit_task(self, size)
         task = Task(f"task_{secrets.token_hex(8)}", settings.tool_timeout, settings.max_tool_rounds)
         runner = Runner(
             task=task,
@@ -186,20 +219,19 @@ class Session:
             tools=tools,
             parameters=_parameters(params),
         )
-        self.store.nursery.start_soon(self._run, runner)
         self.runners[task.id] = runner
-        self.store.running += 1
+        self.store.nursery.start_soon(self._run, runner, size)
         return Started(self.id, task.id, task.state.value)
 
-    async def _run(self, runner: Runner) -> None:
+    async def _run(self, runner: Runner, size: int) -> None:
         try:
-            await runner.run()
+            with log_context(owner=self.owner.name):
+                await runner.run()
         except Exception:  # the nursery is that of all tasks
             logger.exception("defect in a runner")
         finally:
-            self.store.running -= 1
             del self.runners[runner.task.id]
-            self.store.touch(self)
+            self.store.dismiss_task(self, size)
 
     def tool_result(self, params: ToolResult) -> Accepted:
         """Raises NoSuchTaskError or InvalidParamsError; then nothing has changed."""
@@ -222,6 +254,15 @@ class Session:
         return runners
 
 
+def _model_name(settings: Settings, asked: str | None) -> str:
+    if asked is None or asked == settings.model_name:
+        return settings.model_name
+    if asked not in settings.allowed_models:
+        names = ", ".join(sorted({settings.model_name, *settings.allowed_models}))
+        raise InvalidParamsError(f"Expected one of {names}, got {asked[:64]!r} - at `params.model`")
+    return asked
+
+
 def _parameters(params: Generate) -> JsonObject:
     given = {theirs: getattr(params, ours) for ours, theirs in _PARAMETERS.items()}
     parameters: JsonObject = msgspec.to_builtins({name: value for name, value in given.items() if value is not None})
@@ -235,115 +276,3 @@ def _check_tool_choice(choice: Any, tools: Sequence[JsonObject]) -> None:
         raise InvalidParamsError(
             f"Expected a tool that is offered ({', '.join(names) or 'none is'}) - at `params.tool_choice`"
         )
-
-
-@attrs.define(eq=False)
-class SessionStore:
-    """All sessions of this process. ``nursery`` is where tasks run: it outlives every connection."""
-
-    settings: Settings
-    model: Model
-    nursery: trio.Nursery
-    running: int = 0
-    """Tasks running now."""
-    drains_until: float | None = None
-    """When the tasks that still run are cancelled, on Trio's clock, once the server is stopping."""
-
-    _sessions: OrderedDict[str, Session] = attrs.field(factory=OrderedDict)
-    """Those longest out of use first."""
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def create(self, params: CreateSession) -> Session:
-        """Raises OverloadedError where there are too many sessions."""
-        self.refuse_when_draining()
-        self._forget_expired()
-        if len(self) >= self.settings.max_sessions:
-            raise OverloadedError("There are too many sessions", retry_after=RETRY_AFTER)
-        window = self.settings.resume_window
-        session = Session(
-            id=secrets.token_urlsafe(24),
-            tools=[tool.to_openai() for tool in params.tools or ()],
-            resume_window=window if params.resume_window is None else min(window, params.resume_window),
-            store=self,
-            outbox=Outbox(self.settings.outbox_bytes),
-        )
-        self._sessions[session.id] = session
-        return session
-
-    def get(self, session_id: str) -> Session | None:
-        """The session, if there is one that has not expired. Asking for it counts as use."""
-        self._forget_expired()
-        session = self._sessions.get(session_id)
-        if session:
-            self.touch(session)
-        return session
-
-    def touch(self, session: Session) -> None:
-        """The session was in use until now."""
-        session.last_used = trio.current_time()
-        if session.id in self._sessions:
-            self._sessions.move_to_end(session.id)
-
-    def check_task_limits(self, session: Session) -> None:
-        """Raises OverloadedError where one more task would be too many."""
-        self.refuse_when_draining()
-        per_session, in_all = self.settings.max_tasks_per_session, self.settings.max_tasks
-        if len(session.runners) >= per_session:
-            raise OverloadedError(f"This session already has {per_session} tasks", retry_after=RETRY_AFTER)
-        if self.running >= in_all:
-            raise OverloadedError("The server already has as many tasks as it may", retry_after=RETRY_AFTER)
-
-    def model_for(self, name: str | None) -> str:
-        """The model to use where ``name`` was asked for. Raises InvalidParamsError where that is not allowed."""
-        default, allowed = self.settings.model_name, self.settings.allowed_models
-        if name in (None, default):
-            return default
-        if name not in allowed:
-            names = ", ".join(sorted({default, *allowed}))
-            raise InvalidParamsError(f"Expected one of {names}, got {name[:64]!r} - at `params.model`")
-        return name
-
-    async def drain(self) -> None:
-        """Stops: refuses sessions and tasks, lets the running ones end in time, cancels the rest, and closes.
-
-        Returns in the time that the settings give, and at most twice `CLOSING_TIME` more.
-        """
-        limit = self.settings.drain_seconds
-        self.drains_until = trio.current_time() + limit
-        for session in self._sessions.values():
-            if session.attached:
-                session.attached.tell(Draining(limit))
-        await self._wait_for_tasks(limit)
-        for session in self._sessions.values():
-            session.cancel(None)
-        await self._wait_for_tasks(CLOSING_TIME)
-        connections = [session.attached for session in self._sessions.values() if session.attached]
-        for connection in connections:
-            connection.close(SERVICE_RESTART)
-        with trio.move_on_after(CLOSING_TIME):
-            for connection in connections:
-                await connection.closed.wait()
-
-    async def _wait_for_tasks(self, limit: float) -> None:
-        with trio.move_on_after(limit):
-            for runner in [runner for session in self._sessions.values() for runner in session.runners.values()]:
-                await runner.ended.wait()
-
-    def refuse_when_draining(self) -> None:
-        """Raises OverloadedError where the server is stopping."""
-        if self.drains_until is not None:
-            left = max(self.drains_until - trio.current_time(), RETRY_AFTER)
-            raise OverloadedError("The server is stopping", retry_after=left)
-
-    def _forget_expired(self) -> None:
-        expired = trio.current_time() - self.settings.session_ttl
-        while self._sessions:
-            oldest = next(iter(self._sessions.values()))
-            if oldest.last_used > expired:
-                break
-            if oldest.is_idle:
-                del self._sessions[oldest.id]
-            else:
-                self.touch(oldest)

@@ -3,185 +3,47 @@
 Every setting is one field of `Settings`, which also names its variable, the parser of its text and its
 default; `Settings.load` only walks over the fields. To add a setting, add a field here and a line to
 ``.env.example`` (a test holds the two together).
-
-A parser takes text without surrounding white space and raises ``ValueError`` with what it expected, so that
-every complaint has the same form: one line that names the variable.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
 import attrs
 from dotenv import dotenv_values
 
 from .errors import ConfigurationError
-
-SHORTEST_KEY = 6
-"""Characters. What is shorter is a stand-in such as "none", and a common word: it is not hidden where it occurs."""
+from .variables import (
+    Secret,
+    Variable,
+    boolean,
+    file_path,
+    integer,
+    lower_case,
+    names,
+    one_of,
+    origins,
+    printable,
+    seconds,
+    setting,
+    token_pairs,
+    url,
+    variable_name,
+)
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
 _DEFAULT_BASE_URLS = {"openai": "https://api.deepseek.com/v1"}
 _DEFAULT_MODELS = {"openai": "deepseek-chat", "local": EMBEDDED_MODEL}
-_LARGEST_INTEGER = 2**31 - 1
-_LONGEST_SECONDS = 1e9  # what a thread may wait for ends at about 9.2e9 (`threading.TIMEOUT_MAX`)
-_SHOWN_CHARACTERS = 80
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 # What LangChain and LangSmith read from the process's environment.
 _TRACING_VARIABLES = ("LANGSMITH_TRACING", "LANGSMITH_TRACING_V2", "LANGCHAIN_TRACING", "LANGCHAIN_TRACING_V2")
 _GATEWAY_VARIABLE = "LANGSMITH_GATEWAY"
-
-
-class Secret:
-    """A text that shows itself only when it is asked to.
-
-    Not an attrs class: `attrs.asdict` would take it apart.
-    """
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        return self._value
-
-    def __repr__(self) -> str:
-        return "Secret('***')"
-
-    def __str__(self) -> str:
-        return "***"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and self._value == other._value
-
-    def __hash__(self) -> int:
-        return hash(self._value)
-
-
-class _HiddenValueError(ValueError):
-    """The text is wrong, and may hold a secret: it is not to be shown."""
-
-
-# Parsers
-
-
-def _text(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("printable text")
-    return text
-
-
-def _lower_case(text: str) -> str:
-    return _text(text).lower()
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(name.strip() for name in _text(text).split(",")) - {""}
-
-
-def _path(text: str) -> Path | None:
-    return Path(_text(text)) if text else None
-
-
-def _boolean(text: str) -> bool:
-    word = text.lower()
-    if word not in {"true", "1", "yes", "on", "false", "0", "no", "off"}:
-        raise ValueError("true or false (or 1/0, yes/no, on/off)")
-    return word in {"true", "1", "yes", "on"}
-
-
-def _integer(least: int = 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= _LARGEST_INTEGER:
-            raise ValueError(f"a whole number from {least} to {_LARGEST_INTEGER}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(least: float = 0.001) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            seconds = float(text)
-        except ValueError:
-            seconds = math.nan
-        if not least <= seconds <= _LONGEST_SECONDS:  # nor is NaN in any range
-            raise ValueError(f"a number of seconds from {least:g} to {_LONGEST_SECONDS:.0f}")
-        return seconds
-
-    return parse
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        matching = [choice for choice in choices if choice.lower() == text.lower()]
-        if not matching:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return matching[0]
-
-    return parse
-
-
-def _variable_name(text: str) -> str:
-    if not re.fullmatch("[A-Z_][A-Z0-9_]*", text):
-        # Most likely the key itself was put here.
-        raise _HiddenValueError("the name of the variable that holds the key, in upper case (not the key itself)")
-    return text
-
-
-def _url(text: str) -> str:
-    try:
-        url = urlsplit(text)
-        valid = url.scheme in {"http", "https"} and url.hostname and url.port != 0 and url.username is None
-    except ValueError:  # its brackets or its port are none
-        valid = False
-    if not valid or not text.isprintable() or re.search(r"[\s?#]", text):
-        refused = _HiddenValueError if "@" in text else ValueError  # what stands before an @ may be a password
-        raise refused("an http or https URL such as https://api.deepseek.com/v1, without credentials or query")
-    return text.rstrip("/")
-
-
-# Fields
-
-
-@attrs.frozen
-class Variable:
-    """Where a setting comes from. An empty text counts as not set, unless it means that something is off."""
-
-    name: str
-    parse: Callable[[str], Any]
-    help: str
-    empty_means_off: bool = False
-
-    def is_set(self, texts: Mapping[str, str]) -> bool:
-        return bool(texts.get(self.name)) or (self.empty_means_off and self.name in texts)
-
-    def read(self, texts: Mapping[str, str]) -> Any:
-        """The value in ``texts``. Raises `ConfigurationError`."""
-        text = texts[self.name]
-        try:
-            return self.parse(text)
-        except _HiddenValueError as error:
-            raise ConfigurationError(f"{self.name}: expected {error}") from None
-        except ValueError as error:
-            shown = repr(text[:_SHOWN_CHARACTERS])
-            raise ConfigurationError(f"{self.name}: expected {error}, got {shown}") from None
-
-
-def _setting(
-    name: str, parse: Callable[[str], Any], default: Any, help_text: str, *, empty_means_off: bool = False
-) -> Any:
-    variable = Variable(name, parse, help_text, empty_means_off)
-    return attrs.field(default=default, metadata={"variable": variable})
 
 
 def _base_url(settings: Settings) -> str | None:
@@ -200,55 +62,72 @@ def _model_name(settings: Settings) -> str:
 class Settings:
     """Everything that can be configured. Times are in seconds, sizes in bytes."""
 
-    provider: str = _setting("LLM_PROVIDER", _lower_case, "openai", "`openai`, `local`, or a LangChain provider's name")
-    api_key_env_var: str = _setting(
-        "API_KEY_ENV_VAR", _variable_name, "DEEPSEEK_API_KEY", "which variable holds the key"
-    )
+    provider: str = setting("LLM_PROVIDER", lower_case, "openai", "`openai`, `local`, or a LangChain provider's name")
+    api_key_env_var: str = setting("API_KEY_ENV_VAR", variable_name, "DEEPSEEK_API_KEY", "which variable holds the key")
     api_key: Secret | None = None
-    base_url: str | None = _setting("LLM_BASE_URL", _url, attrs.Factory(_base_url, takes_self=True), "the endpoint")
-    model_name: str = _setting("LLM_MODEL_NAME", _text, attrs.Factory(_model_name, takes_self=True), "the model")
-    responses_api: bool = _setting(
-        "LLM_RESPONSES_API", _boolean, False, "OpenAI's Responses API instead of chat completions"
+    base_url: str | None = setting("LLM_BASE_URL", url, attrs.Factory(_base_url, takes_self=True), "the endpoint")
+    model_name: str = setting("LLM_MODEL_NAME", printable, attrs.Factory(_model_name, takes_self=True), "the model")
+    responses_api: bool = setting(
+        "LLM_RESPONSES_API", boolean, False, "OpenAI's Responses API instead of chat completions"
     )
-    allowed_models: frozenset[str] = _setting(
-        "INFERENCE_ALLOWED_MODELS", _names, frozenset(), "models that `generate` may name, comma-separated"
+    allowed_models: frozenset[str] = setting(
+        "INFERENCE_ALLOWED_MODELS", names, frozenset(), "models that `generate` may name, comma-separated"
     )
-    stream_usage: bool = _setting("INFERENCE_STREAM_USAGE", _boolean, True, "ask the provider for usage")
+    stream_usage: bool = setting("INFERENCE_STREAM_USAGE", boolean, True, "ask the provider for usage")
 
-    max_sessions: int = _setting("INFERENCE_MAX_SESSIONS", _integer(), 10_000, "sessions kept")
-    session_ttl: float = _setting("INFERENCE_SESSION_TTL", _seconds(), 3600.0, "idle time after which a session ends")
-    max_tasks: int = _setting("INFERENCE_MAX_TASKS", _integer(), 1000, "tasks running at a time")
-    max_tasks_per_session: int = _setting("INFERENCE_MAX_TASKS_PER_SESSION", _integer(), 8, "of these, in one session")
-    max_message_bytes: int = _setting(
-        "INFERENCE_MAX_MESSAGE_BYTES", _integer(), 4_194_304, "a WebSocket message or an HTTP body"
+    max_sessions: int = setting("INFERENCE_MAX_SESSIONS", integer(), 10_000, "sessions kept")
+    session_ttl: float = setting("INFERENCE_SESSION_TTL", seconds(), 3600.0, "idle time after which a session ends")
+    max_tasks: int = setting("INFERENCE_MAX_TASKS", integer(), 1000, "tasks running at a time")
+    max_tasks_per_session: int = setting("INFERENCE_MAX_TASKS_PER_SESSION", integer(), 8, "of these, in one session")
+    max_message_bytes: int = setting(
+        "INFERENCE_MAX_MESSAGE_BYTES", integer(), 4_194_304, "a WebSocket message or an HTTP body"
     )
-    outbox_bytes: int = _setting("INFERENCE_OUTBOX_BYTES", _integer(), 1_048_576, "notifications kept per session")
-    resume_window: float = _setting(
-        "INFERENCE_RESUME_WINDOW", _seconds(0), 30.0, "how long tasks go on without a connection"
+    memory_bytes: int = setting(
+        "INFERENCE_MEMORY_BYTES", integer(), 1_073_741_824, "what all sessions may hold together"
     )
-    tool_timeout: float = _setting("INFERENCE_TOOL_TIMEOUT", _seconds(), 300.0, "until a tool call counts as failed")
-    max_tool_rounds: int = _setting("INFERENCE_MAX_TOOL_ROUNDS", _integer(), 32, "rounds of tool calls in one task")
+    outbox_bytes: int = setting("INFERENCE_OUTBOX_BYTES", integer(), 1_048_576, "notifications kept per session")
+    resume_window: float = setting(
+        "INFERENCE_RESUME_WINDOW", seconds(0), 30.0, "how long tasks go on without a connection"
+    )
+    tool_timeout: float = setting("INFERENCE_TOOL_TIMEOUT", seconds(), 300.0, "until a tool call counts as failed")
+    max_tool_rounds: int = setting("INFERENCE_MAX_TOOL_ROUNDS", integer(), 32, "rounds of tool calls in one task")
 
-    connect_timeout: float = _setting("INFERENCE_CONNECT_TIMEOUT", _seconds(), 10.0, "upstream: connecting")
-    first_token_timeout: float = _setting(
-        "INFERENCE_FIRST_TOKEN_TIMEOUT", _seconds(), 120.0, "upstream: until the first chunk"
+    auth_tokens: Mapping[str, Secret] = setting(
+        "INFERENCE_AUTH_TOKENS", token_pairs, MappingProxyType({}), "`name:token` pairs; set, a token is asked for"
     )
-    token_timeout: float = _setting("INFERENCE_TOKEN_TIMEOUT", _seconds(), 60.0, "upstream: between chunks")
-    task_timeout: float = _setting("INFERENCE_TASK_TIMEOUT", _seconds(), 1800.0, "a whole task")
-    max_retries: int = _setting(
-        "INFERENCE_MAX_RETRIES", _integer(0), 3, "further attempts per round before its first chunk"
+    max_sessions_per_token: int | None = setting(
+        "INFERENCE_MAX_SESSIONS_PER_TOKEN", integer(), None, "sessions kept for one token"
+    )
+    max_tasks_per_token: int | None = setting(
+        "INFERENCE_MAX_TASKS_PER_TOKEN", integer(), None, "tasks running at a time for one token"
+    )
+    requests_per_minute: int | None = setting(
+        "INFERENCE_REQUESTS_PER_MINUTE", integer(), None, "sessions, tickets and tasks asked for with one token"
+    )
+    allowed_origins: frozenset[str] = setting(
+        "INFERENCE_ALLOWED_ORIGINS", origins, frozenset(), "origins whose pages may use the server, comma-separated"
     )
 
-    drain_seconds: float = _setting("INFERENCE_DRAIN_SECONDS", _seconds(0), 30.0, "time for running tasks at shutdown")
+    connect_timeout: float = setting("INFERENCE_CONNECT_TIMEOUT", seconds(), 10.0, "upstream: connecting")
+    first_token_timeout: float = setting(
+        "INFERENCE_FIRST_TOKEN_TIMEOUT", seconds(), 120.0, "upstream: until the first chunk"
+    )
+    token_timeout: float = setting("INFERENCE_TOKEN_TIMEOUT", seconds(), 60.0, "upstream: between chunks")
+    task_timeout: float = setting("INFERENCE_TASK_TIMEOUT", seconds(), 1800.0, "a whole task")
+    max_retries: int = setting(
+        "INFERENCE_MAX_RETRIES", integer(0), 3, "further attempts per round before its first chunk"
+    )
 
-    log_level: str = _setting("INFERENCE_LOG_LEVEL", _one_of(*_LOG_LEVELS), "INFO", "the least severity")
-    log_file: Path | None = _setting(  # noqa: RUF009 - an attrs field, with a Path for its default
-        "INFERENCE_LOG_FILE", _path, Path("inference_server.log"), "empty turns it off", empty_means_off=True
+    drain_seconds: float = setting("INFERENCE_DRAIN_SECONDS", seconds(0), 30.0, "time for running tasks at shutdown")
+
+    log_level: str = setting("INFERENCE_LOG_LEVEL", one_of(*_LOG_LEVELS), "INFO", "the least severity")
+    log_file: Path | None = setting(  # noqa: RUF009 - an attrs field, with a Path for its default
+        "INFERENCE_LOG_FILE", file_path, Path("inference_server.log"), "empty turns it off", empty_means_off=True
     )
-    log_format: str = _setting(
-        "INFERENCE_LOG_FORMAT", _one_of("text", "json"), "text", "`text`, or `json` for JSON lines"
+    log_format: str = setting(
+        "INFERENCE_LOG_FORMAT", one_of("text", "json"), "text", "`text`, or `json` for JSON lines"
     )
-    log_content: bool = _setting("INFERENCE_LOG_CONTENT", _boolean, False, "whether prompts and answers may be logged")
+    log_content: bool = setting("INFERENCE_LOG_CONTENT", boolean, False, "whether prompts and answers may be logged")
 
     @classmethod
     def variables(cls) -> dict[str, Variable]:

@@ -128,7 +128,7 @@ class FakeWebSocket:
 
     # what the server calls
 
-    async def accept(self) -> None:
+    async def accept(self, headers: None = None, subprotocol: str | None = None) -> None:
         await trio.lowlevel.checkpoint()
 
     async def receive(self) -> str | bytes:

@@ -100,6 +100,9 @@ class Server:
     async def post(self, path: str = "/create_session", **options: Any) -> httpx2.Response:
         return await self._http.post(path, **options)
 
+    async def request(self, method: str, path: str = "/create_session", **options: Any) -> httpx2.Response:
+        return await self._http.request(method, path, **options)
+
     async def get(self, path: str, **options: Any) -> httpx2.Response:
         return await self._http.get(path, **options)
 

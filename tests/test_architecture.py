@@ -13,7 +13,7 @@ import pytest
 import inference_trio
 
 PACKAGE = Path(inference_trio.__file__).parent
-PURE = ("errors", "settings", "chat", "protocol", "jsonrpc", "openrpc", "task", "outbox")
+PURE = ("errors", "variables", "settings", "access", "chat", "protocol", "jsonrpc", "openrpc", "task", "outbox")
 ORDER = (
     "__init__",
     "errors",
@@ -21,7 +21,9 @@ ORDER = (
     "protocol",
     "jsonrpc",
     "openrpc",
+    "variables",
     "settings",
+    "access",
     "logs",
     "task",
     "outbox",
@@ -38,7 +40,9 @@ ORDER = (
     "model",
     "runner",
     "session",
+    "store",
     "connection",
+    "browsers",
     "hypercorn_fixes",
     "server",
     "app",

@@ -11,9 +11,11 @@ import pytest
 import trio
 import trio.testing
 
+from inference_trio.access import Owner
 from inference_trio.connection import Connection
 from inference_trio.protocol import CreateSession
-from inference_trio.session import Session, SessionStore
+from inference_trio.session import Session
+from inference_trio.store import SessionStore
 
 from . import fakes
 from .fakes import FakeModel, FakeWebSocket, finish, hang, text, tool_call
@@ -28,9 +30,10 @@ class Bench:
 
     store: SessionStore
     nursery: trio.Nursery
+    owner: Owner = attrs.field(factory=lambda: Owner(None))
 
     def create(self, **params: Any) -> Session:
-        return self.store.create(CreateSession(**params))
+        return self.store.create(CreateSession(**params), self.owner)
 
     def connect(self, session: Session, after: int | None = None, **options: Any) -> FakeWebSocket:
         socket = FakeWebSocket(session.id, **options)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from inference_trio.errors import InvalidParamsError, NoSuchTaskError, ParseError, RateLimitedError
 from inference_trio.jsonrpc import (
     MAX_BATCH,
+    MAX_CONTAINERS,
     MAX_DEPTH,
     Call,
     Frame,
@@ -513,3 +514,19 @@ def test_numbers_are_finite() -> None:
 def test_the_examples_are_of_all_methods() -> None:
     assert list(EXAMPLES) == list(METHODS)
     assert {Generate, ToolResult, Cancel, Discover} == set(METHODS.values())
+
+
+def test_containers_are_counted_before_they_are_made() -> None:
+    allowed = "[" + "{}," * (MAX_CONTAINERS - 2) + "{}]"
+    assert len(loads(allowed)) == MAX_CONTAINERS - 1
+    for data in (allowed[:-1] + ",[]]", (allowed[:-1] + ",{}]").encode(), "[" * (MAX_CONTAINERS + 1)):
+        with pytest.raises(ParseError, match=f"at most {MAX_CONTAINERS} arrays and objects"):
+            loads(data)
+
+
+@pytest.mark.parametrize(
+    "text", ["{" * MAX_CONTAINERS, '"[' * MAX_CONTAINERS, "\\[" * MAX_CONTAINERS, '\\\\"{\\' * MAX_CONTAINERS]
+)
+def test_text_may_have_any_number_of_brackets(text: str) -> None:
+    assert loads(json.dumps({"text": text})) == {"text": text}
+    assert loads(json.dumps([text, "[", text])) == [text, "[", text]

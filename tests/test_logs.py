@@ -19,7 +19,8 @@ import trio
 from inference_trio import logs
 from inference_trio.errors import ConfigurationError
 from inference_trio.logs import configure_logging, log_context
-from inference_trio.settings import Secret, Settings
+from inference_trio.settings import Settings
+from inference_trio.variables import Secret
 
 KEY = 'sk-"0123\\456'
 LOGGERS = ("", "inference_trio", "hypercorn", "hypercorn.error", "openai", "httpx2", "httpcore2", "langchain_openai")

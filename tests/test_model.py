@@ -24,8 +24,9 @@ from inference_trio.errors import (
 )
 from inference_trio.messages import ModelRequest, RoundAccumulator, to_langchain
 from inference_trio.model import ChatModel, build_model
-from inference_trio.settings import Secret, Settings
+from inference_trio.settings import Settings
 from inference_trio.task import RoundFinished, ToolCallsRequested
+from inference_trio.variables import Secret
 from tests.answers import drop, hang, reasoning, reply, status, text
 from tests.quirks import QUIRKS, STREAMS, ExpectedCall, Quirk, Stream
 from tests.upstream import Upstream, open_upstream

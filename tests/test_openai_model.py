@@ -25,7 +25,8 @@ from inference_trio.errors import BrokenStreamError, ConfigurationError, Invalid
 from inference_trio.messages import ModelRequest, to_langchain
 from inference_trio.openai_model import OpenAISource, open_openai
 from inference_trio.protocol import Usage
-from inference_trio.settings import Secret, Settings
+from inference_trio.settings import Settings
+from inference_trio.variables import Secret
 
 KEY = "sk-0123456789"
 HELLO = to_langchain([{"role": "user", "content": "Hello"}])

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from inference_trio.outbox import Outbox, Replay, _size_of
+from inference_trio.outbox import Budget, Outbox, Replay, _size_of
 from inference_trio.protocol import End, Error, FunctionCallRequest, ReasoningChunk, TaskNotification, TextChunk
 
 LARGE = 10**9
@@ -45,7 +45,7 @@ def ended(final_text: str, task_id: str = "t") -> End:
 
 
 def outbox_of(*notes: TaskNotification, limit: int = LARGE) -> Outbox:
-    outbox = Outbox(limit)
+    outbox = Outbox(limit, Budget(LARGE))
     for note in notes:
         outbox.append(note)
     return outbox
@@ -63,7 +63,7 @@ def taken(outbox: Outbox, count: int = LARGE) -> list[tuple[int, TaskNotificatio
 
 
 def test_an_empty_outbox_has_nothing_to_take_and_nothing_to_miss() -> None:
-    outbox = Outbox(LARGE)
+    outbox = Outbox(LARGE, Budget(LARGE))
     assert outbox.take() is None
     assert not outbox.is_full
     assert outbox.rewind(0) == Replay(after=0, oldest_seq=1, latest_seq=0, gap=False)
@@ -230,7 +230,7 @@ class OutboxMachine(RuleBasedStateMachine):
     @initialize(limit=st.sampled_from([0, 1, 700, 2000, 2001, 20_000]))
     def start(self, limit: int) -> None:
         self.limit = limit
-        self.outbox = Outbox(limit)
+        self.outbox = Outbox(limit, Budget(LARGE))
         self.log = []
         self.was_sent: dict[int, TaskNotification] = {}
         self.cursor = 0
@@ -329,3 +329,55 @@ class OutboxMachine(RuleBasedStateMachine):
 
 OutboxMachine.TestCase.settings = settings(deadline=None, derandomize=True, max_examples=80, stateful_step_count=40)
 TestOutboxMachine = OutboxMachine.TestCase
+
+
+# The budget
+
+
+def test_all_that_is_kept_is_counted() -> None:
+    budget = Budget(LARGE)
+    boxes = [Outbox(LARGE, budget), Outbox(LARGE, budget)]
+    for box in boxes:
+        box.append(text("a" * 100))
+        box.append(text("b" * 100))
+        box.append(request("c"))
+    assert budget.used == sum(box.size for box in boxes) > 0
+    taken(boxes[0])
+    boxes[0].rewind(0)
+    assert budget.used == sum(box.size for box in boxes)
+    boxes[1].shrink()
+    assert budget.used == sum(box.size for box in boxes)
+    assert [entry.seq for entry in boxes[1]._unsent] == [2]
+
+
+def test_over_the_budget_nothing_is_kept_for_replay_and_whatever_is_unsent_makes_it_full() -> None:
+    budget = Budget(limit=1000)
+    box = Outbox(LARGE, budget)
+    box.append(text("a"))
+    box.append(request("b"))
+    taken(box)
+    assert (box.oldest_seq, box.is_full) == (1, False)
+    budget.used += 1000
+    box.append(text("c"))
+    assert (box.oldest_seq, box.is_full) == (3, True)
+    assert taken(box) == [(3, text("c"))]
+    assert (box.oldest_seq, box.is_full) == (3, False)
+    box.append(ended("c"))
+    assert (box.oldest_seq, box.rewind(0).gap) == (4, True)
+    budget.used -= 1000
+    assert not box.is_full
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_a_shrunk_outbox_has_its_newest_notification_and_says_that_there_is_a_gap(count: int) -> None:
+    box = outbox_of(text("a"), request("b"), ended("a"))
+    taken(box, count)
+    box.shrink()
+    assert box.rewind(1) == Replay(1, 3, 3, gap=True)
+    assert taken(box) == [(3, ended("a"))]
+
+
+def test_an_empty_outbox_can_be_shrunk() -> None:
+    box = outbox_of()
+    box.shrink()
+    assert (box.size, box.rewind(0)) == (0, Replay(0, 1, 0, gap=False))

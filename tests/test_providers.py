@@ -26,8 +26,9 @@ from inference_trio.messages import ModelRequest, RoundAccumulator, to_langchain
 from inference_trio.model import ChatModel, build_model
 from inference_trio.protocol import Usage
 from inference_trio.providers import open_provider
-from inference_trio.settings import Secret, Settings
+from inference_trio.settings import Settings
 from inference_trio.task import RoundFinished, ToolCall, ToolCallsRequested
+from inference_trio.variables import Secret
 
 pytest.importorskip("langchain_anthropic")
 

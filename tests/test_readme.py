@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from inference_trio.settings import Settings
@@ -27,7 +28,7 @@ def table_of_settings() -> str:
 
 
 def written(value: object) -> str:
-    if value in (None, frozenset()):
+    if value is None or (isinstance(value, Collection) and not value):
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio_websocket
 
-from inference_trio.settings import Secret
+from inference_trio.variables import Secret
 from tests import answers, quirks
 from tests.harness import KEY, Client, Server, open_server, settings
 from tests.upstream import Upstream, open_upstream

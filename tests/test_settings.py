@@ -15,9 +15,11 @@ from dotenv import dotenv_values
 
 from inference_trio import settings as settings_module
 from inference_trio.errors import ConfigurationError
-from inference_trio.settings import EMBEDDED_MODEL, Secret, Settings, environment_warnings
+from inference_trio.settings import EMBEDDED_MODEL, Settings, environment_warnings
+from inference_trio.variables import Secret
 
 KEY = "sk-0123456789abcdef"
+TOKEN = "token-of-at-least-16"
 EXAMPLE = Path(__file__).parent.parent / ".env.example"
 
 WHOLE_NUMBERS = {
@@ -101,6 +103,18 @@ def test_without_any_variable_but_the_key_the_defaults_of_the_protocol_hold() ->
         ("LLM_BASE_URL", "http://[::1]:8000/@team/v1", "base_url", "http://[::1]:8000/@team/v1"),
         ("LLM_MODEL_NAME", "  vendor/model:free ", "model_name", "vendor/model:free"),
         ("INFERENCE_ALLOWED_MODELS", "a, b,,a ,", "allowed_models", frozenset({"a", "b"})),
+        (
+            "INFERENCE_AUTH_TOKENS",
+            f"a:{TOKEN}, b.c-d_1:{TOKEN}:x",
+            "auth_tokens",
+            {"a": Secret(TOKEN), "b.c-d_1": Secret(f"{TOKEN}:x")},
+        ),
+        (
+            "INFERENCE_ALLOWED_ORIGINS",
+            "https://App.example/, http://localhost:3000",
+            "allowed_origins",
+            frozenset({"https://app.example", "http://localhost:3000"}),
+        ),
         ("INFERENCE_LOG_LEVEL", "debug", "log_level", "DEBUG"),
         ("INFERENCE_LOG_FILE", "logs/server.log", "log_file", Path("logs/server.log")),
         ("INFERENCE_LOG_FORMAT", "JSON", "log_format", "json"),
@@ -178,6 +192,9 @@ def test_settings_cannot_be_changed() -> None:
         ("LLM_PROVIDER", "open\nai"),
         ("LLM_MODEL_NAME", "model\x00name"),
         ("INFERENCE_ALLOWED_MODELS", "a,\x1bb"),
+        ("INFERENCE_ALLOWED_ORIGINS", "*"),
+        ("INFERENCE_ALLOWED_ORIGINS", "app.example"),
+        ("INFERENCE_ALLOWED_ORIGINS", "https://app.example/page"),
         ("INFERENCE_LOG_LEVEL", "LOUD"),
         ("INFERENCE_LOG_FILE", "a\nb"),
         ("INFERENCE_LOG_FORMAT", "xml"),
@@ -188,6 +205,31 @@ def test_a_wrong_value_is_refused_in_one_line_with_its_variable_and_itself(varia
     assert message.startswith(f"{variable}: expected ")
     assert message.endswith(f", got {text[:80]!r}")
     assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TOKEN,
+        f":{TOKEN}",
+        "a:short",
+        f"a:{TOKEN},a:{TOKEN}x",
+        f"a:{TOKEN},b:{TOKEN}",
+        f"a:{TOKEN} x",
+        f"a:{TOKEN}ü",
+        f"a:{TOKEN},",
+        f"a b:{TOKEN}",
+        ",",
+    ],
+)
+def test_wrong_tokens_are_refused_and_not_shown(text: str) -> None:
+    message = refusal(INFERENCE_AUTH_TOKENS=text)
+    assert message.startswith("INFERENCE_AUTH_TOKENS: expected name:token pairs")
+    assert TOKEN not in message
+
+
+def test_tokens_are_not_shown_with_the_settings() -> None:
+    assert TOKEN not in repr(load(INFERENCE_AUTH_TOKENS=f"a:{TOKEN}"))
 
 
 def test_the_complaint_says_what_would_be_right() -> None:

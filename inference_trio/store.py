@@ -1,0 +1,178 @@
+"""All sessions of a process: what they may hold and run together, when they end, and how all of it stops.
+
+A session with neither a connection nor a task is idle, and ends when it was idle for too long. Where all together
+hold too much, those idle longest first keep nothing but their newest notification (a connection that comes back
+is told of the gap), sessions in use keep nothing for replay, and what is new is refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+
+import attrs
+import msgspec
+import trio
+
+from .access import Owner
+from .errors import OverloadedError
+from .outbox import Budget, Outbox
+from .protocol import CreateSession, Draining
+from .runner import Model
+from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Session
+from .settings import Settings
+
+SERVICE_RESTART = 1012
+"""WebSocket close code for a server that stops (IANA's registry of close codes)."""
+
+CLOSING_TIME = 0.5
+"""Seconds that cancelled tasks and closing connections are waited for when the server stops."""
+
+_SESSION_BYTES = 4096
+"""What a session without tools or notifications takes."""
+
+
+def _budget(store: SessionStore) -> Budget:
+    return Budget(store.settings.memory_bytes, store.make_room)
+
+
+@attrs.define(eq=False)
+class SessionStore:
+    """``nursery`` is where tasks run: it outlives every connection."""
+
+    settings: Settings
+    model: Model
+    nursery: trio.Nursery
+    budget: Budget = attrs.field(default=attrs.Factory(_budget, takes_self=True))
+    running: int = 0
+    """Tasks running now."""
+    drains_until: float | None = None
+    """When the tasks that still run are cancelled, on Trio's clock, once the server is stopping."""
+
+    _sessions: dict[str, Session] = attrs.field(factory=dict)
+    _idle: OrderedDict[str, Session] = attrs.field(factory=OrderedDict)
+    """Those longest idle first."""
+    _replayable: OrderedDict[str, Session] = attrs.field(factory=OrderedDict)
+    """Of the idle ones, those that were not made to give up what they kept, in the same order."""
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def create(self, params: CreateSession, owner: Owner) -> Session:
+        """Raises OverloadedError where there are too many sessions."""
+        self.refuse_when_draining()
+        self._end_expired()
+        _check_count("sessions", owner.sessions, owner.max_sessions, "of this token")
+        _check_count("sessions", len(self), self.settings.max_sessions, "on the server")
+        owner.spend_request(trio.current_time())
+        tools = [tool.to_openai() for tool in params.tools or ()]
+        window = self.settings.resume_window
+        session = Session(
+            id=secrets.token_urlsafe(24),
+            owner=owner,
+            tools=tools,
+            resume_window=window if params.resume_window is None else min(window, params.resume_window),
+            size=_SESSION_BYTES + BYTES_PER_BYTE_OF_JSON * len(msgspec.json.encode(tools)),
+            store=self,
+            outbox=Outbox(self.settings.outbox_bytes, self.budget),
+        )
+        self._hold(session.size)
+        owner.sessions += 1
+        self._sessions[session.id] = session
+        self.touch(session)
+        return session
+
+    def get(self, session_id: str) -> Session | None:
+        """The session, if there is one that has not expired. Asking for it counts as use."""
+        self._end_expired()
+        session = self._sessions.get(session_id)
+        if session:
+            self.touch(session)
+        return session
+
+    def touch(self, session: Session) -> None:
+        """The session was in use until now."""
+        session.last_used = trio.current_time()
+        for sessions in (self._idle, self._replayable):
+            sessions.pop(session.id, None)
+            if session.is_idle:
+                sessions[session.id] = session
+
+    def admit_task(self, session: Session, size: int) -> None:
+        """Counts one more task that holds ``size`` bytes. Raises OverloadedError where it would be too many."""
+        self.refuse_when_draining()
+        owner, settings = session.owner, self.settings
+        _check_count("tasks", len(session.runners), settings.max_tasks_per_session, "in this session")
+        _check_count("tasks", owner.running, owner.max_tasks, "of this token")
+        _check_count("tasks", self.running, settings.max_tasks, "on the server")
+        owner.spend_request(trio.current_time())
+        self._hold(size)
+        owner.running += 1
+        self.running += 1
+
+    def dismiss_task(self, session: Session, size: int) -> None:
+        """The task has ended."""
+        self.budget.used -= size
+        session.owner.running -= 1
+        self.running -= 1
+        self.touch(session)
+
+    def _hold(self, size: int) -> None:
+        self.budget.add(size)
+        if self.budget.is_exceeded:
+            self.budget.used -= size
+            raise OverloadedError("The sessions of this server hold as much as they may", retry_after=RETRY_AFTER)
+
+    def make_room(self) -> None:
+        """Brings what sessions hold within the limit, as far as that takes nothing from those in use."""
+        while self.budget.is_exceeded and self._replayable:
+            _, session = self._replayable.popitem(last=False)
+            session.outbox.shrink()
+
+    def _end_expired(self) -> None:
+        expired = trio.current_time() - self.settings.session_ttl
+        while self._idle and (oldest := next(iter(self._idle.values()))).last_used <= expired:
+            self._end(oldest)
+
+    def _end(self, session: Session) -> None:
+        del self._sessions[session.id], self._idle[session.id]
+        self._replayable.pop(session.id, None)
+        session.owner.sessions -= 1
+        self.budget.used -= session.size + session.outbox.size
+
+    async def drain(self) -> None:
+        """Stops: refuses sessions and tasks, lets the running ones end in time, cancels the rest, and closes.
+
+        Returns in the time that the settings give, and at most twice `CLOSING_TIME` more.
+        """
+        limit = self.settings.drain_seconds
+        self.drains_until = trio.current_time() + limit
+        for session in self._sessions.values():
+            if session.attached:
+                session.attached.tell(Draining(limit))
+        await self._wait_for_tasks(limit)
+        for session in self._sessions.values():
+            session.cancel(None)
+        await self._wait_for_tasks(CLOSING_TIME)
+        connections = [session.attached for session in self._sessions.values() if session.attached]
+        for connection in connections:
+            connection.close(SERVICE_RESTART)
+        with trio.move_on_after(CLOSING_TIME):
+            for connection in connections:
+                await connection.closed.wait()
+
+    async def _wait_for_tasks(self, limit: float) -> None:
+        with trio.move_on_after(limit):
+            for runner in [runner for session in self._sessions.values() for runner in session.runners.values()]:
+                await runner.ended.wait()
+
+    def refuse_when_draining(self) -> None:
+        """Raises OverloadedError where the server is stopping."""
+        if self.drains_until is not None:
+            left = max(self.drains_until - trio.current_time(), RETRY_AFTER)
+            raise OverloadedError("The server is stopping", retry_after=left)
+
+
+def _check_count(what: str, count: int, limit: int | None, where: str) -> None:
+    if limit is not None and count >= limit:
+        raise OverloadedError(f"There are too many {what} {where}: {limit} at the most", retry_after=RETRY_AFTER)
