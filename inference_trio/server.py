@@ -28,7 +28,7 @@ from werkzeug.exceptions import (
     UnsupportedMediaType,
 )
 
-from . import openrpc
+from . import openrpc, playground
 from .access import SUBPROTOCOL, Access, Owner, is_loopback, ticket_among
 from .browsers import BrowserRules
 from .connection import Connection
@@ -79,6 +79,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     app.errorhandler(HTTPException)(refuse_http)
     app.errorhandler(Exception)(report_defect)
     service.register(app)
+    playground.register(app, settings)
     return app
 
 

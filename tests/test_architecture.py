@@ -44,6 +44,7 @@ ORDER = (
     "connection",
     "browsers",
     "hypercorn_fixes",
+    "playground",
     "server",
     "app",
     "__main__",

@@ -1,0 +1,626 @@
+"""`client.js` in Node, against the whole server over real sockets."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from inference_trio.variables import Secret
+from tests import answers
+from tests.harness import Server, open_server, settings
+from tests.javascript import NODE, WEB, Script, node, node_modules, without
+from tests.upstream import Request, Upstream, open_upstream
+
+pytestmark = [] if NODE else [pytest.mark.skip(reason="NOT TESTED: Node is not here")]
+
+LOOK = """
+const seen = [];
+const look = {
+  name: "look", description: "Looks.", parameters: { type: "object", properties: { at: { type: "string" } } },
+  run({ at }) { seen.push(at); return { saw: at.toUpperCase() }; },
+};
+"""
+CALL = answers.calls(answers.tool_call(0, "c1", "look", {"at": "sea"}))
+HELLO = answers.reply("Hel", "lo")
+TOKEN = "token-of-the-tests"
+
+
+@attrs.frozen
+class Bench:
+    script: Script
+    upstream: Upstream
+    server: Server
+
+    async def hear(self) -> Any:
+        return await self.script.hear()
+
+    async def say(self, value: Any) -> None:
+        await self.script.say(value)
+
+
+@asynccontextmanager
+async def running(source: str, folder: Path, *script: Any, **changes: Any) -> AsyncIterator[Bench]:
+    """The script in Node beside a server, whose upstream answers as scripted."""
+    async with (
+        open_upstream(*script) as upstream,
+        open_server(settings(upstream.base_url, **changes)) as server,
+        node(source, server.url, folder) as process,
+    ):
+        yield Bench(process, upstream, server)
+
+
+async def said(source: str, folder: Path, *script: Any, **changes: Any) -> Any:
+    """The one thing that the script says."""
+    async with running(source, folder, *script, **changes) as it:
+        return await it.hear()
+
+
+# Generations
+
+
+async def test_a_generation_is_iterated_as_it_comes(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    const generation = session.generate("hi", { temperature: 0.5, system: "Be brief." });
+    for await (const event of generation) say(event);
+    say([generation.text, generation.taskId, await generation.result]);
+    session.close();
+    """
+    reasoned = [
+        answers.reasoning("Hm"),
+        answers.pause("go on"),
+        answers.text("Hel"),
+        answers.pause("end"),
+        answers.reply("lo"),
+    ]
+    async with running(source, tmp_path, reasoned) as it:
+        request = await it.upstream.wait_for_requests(1)
+        assert request.body["temperature"] == 0.5
+        assert [message["role"] for message in request.messages] == ["system", "user"]
+        assert await it.hear() == {"type": "reasoning", "text": "Hm"}
+        it.upstream.gate("go on").set()
+        assert await it.hear() == {"type": "text", "text": "Hel"}
+        it.upstream.gate("end").set()
+        assert await it.hear() == {"type": "text", "text": "lo"}
+        end = await it.hear()
+        text, task_id, result = await it.hear()
+        assert (text, end) == ("Hello", {"type": "end", **result})
+        assert result == {
+            "taskId": task_id,
+            "text": "Hello",
+            "status": "completed",
+            "finishReason": "stop",
+            "usage": {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10},
+            "messages": result["messages"],
+        }
+        assert result["messages"][-1]["content"] == "Hello"
+
+
+async def test_the_next_generation_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    await session.generate("one").result;
+    await session.generate("two", { system: "Be brief." }).result;
+    await session.generate("aside", { history: [] }).result;
+    session.close();
+    say(session.history);
+    """
+    async with running(source, tmp_path, lambda request: answers.reply(f"to {request.messages[-1]['content']}")) as it:
+        history = await it.hear()
+        turns = [("user", "one"), ("assistant", "to one"), ("user", "two"), ("assistant", "to two")]
+        assert [(message["role"], message["content"]) for message in history] == turns
+        assert [len(request.messages) for request in it.upstream.requests] == [1, 4, 1]
+
+
+async def test_several_generations_run_at_a_time(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    const results = [1, 2, 3].map((n) => session.generate(`${n}`).result);
+    say((await Promise.all(results)).map((result) => result.text));
+    session.close();
+    """
+
+    def answer(request: Request) -> answers.Answer:
+        return (answers.pause(request.messages[-1]["content"]), answers.reply(request.messages[-1]["content"]))
+
+    async with running(source, tmp_path, answer) as it:
+        for count, name in enumerate("321", start=1):
+            await it.upstream.wait_for_requests(count)
+            it.upstream.gate(name).set()
+        assert await it.hear() == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "named"),
+    [
+        ("{ temperatur: 1 }", -32602, "temperatur"),
+        ("{ seed: 1n }", "invalid", "BigInt"),
+        ("{ tool_choice: 'required' }", -32602, "tool_choice"),
+    ],
+)
+async def test_a_wrong_parameter_is_an_error_that_names_it(options: str, code: Any, named: str, tmp_path: Path) -> None:
+    source = f"""
+    const session = await createSession(url);
+    const generation = session.generate("hi", {options});
+    say([await failing(generation.result), await failing(all(generation))]);
+    session.close();
+    """
+    result, iteration = await said(source, tmp_path)
+    assert result == iteration
+    assert result["code"] == code
+    assert named in result["message"]
+
+
+async def test_the_providers_failure_has_the_text_so_far(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    say(await failing(session.generate("hi").result));
+    say(await failing(session.generate("hi").result));
+    session.close();
+    """
+    refusal = answers.status(400, {"error": {"message": "no such thing"}})
+    async with running(source, tmp_path, [answers.text("Hel"), answers.drop()], refusal) as it:
+        broken = await it.hear()
+        assert (broken["code"], broken["data"]["partial_text"]) == (-32006, "Hel")
+        refused = await it.hear()
+        assert (refused["code"], refused["data"]["status"], refused["retryable"]) == (-32000, 400, False)
+
+
+# Tools
+
+
+async def test_a_function_is_called_and_its_result_goes_to_the_model(tmp_path: Path) -> None:
+    source = (
+        LOOK
+        + """
+    const session = await createSession(url, { tools: [look] });
+    const events = await all(session.generate("hi"));
+    say(events.filter((event) => event.type.startsWith("tool")));
+    say(seen);
+    session.close();
+    """
+    )
+    async with running(source, tmp_path, CALL, HELLO) as it:
+        call, result = await it.hear()
+        assert call == {"type": "toolCall", "id": "c1", "name": "look", "arguments": {"at": "sea"}, "timeout": 300}
+        assert result == {"type": "toolResult", "id": "c1", "name": "look", "result": {"saw": "SEA"}}
+        assert await it.hear() == ["sea"]
+        assert it.upstream.requests[0].tools[0]["function"]["description"] == "Looks."
+        assert it.upstream.requests[1].messages[-1]["content"] == '{"saw":"SEA"}'
+
+
+@pytest.mark.parametrize(
+    ("body", "content"),
+    [
+        ("throw new Error('no sight')", "no sight"),
+        ("return Promise.reject('by night')", "by night"),
+        ("return 10n", "BigInt"),
+        ("return () => 1", "function"),
+        ("return { at: look }", "at"),
+        ("return undefined", "null"),
+        ("return '\\ud800'", "cannot be sent"),
+        ("return JSON.parse('['.repeat(200) + ']'.repeat(200))", "cannot be sent"),
+    ],
+)
+async def test_whatever_a_function_does_the_model_gets_an_answer(body: str, content: str, tmp_path: Path) -> None:
+    source = f"""
+    const look = {{ name: "look", async run() {{ {body} }} }};
+    const session = await createSession(url, {{ tools: [look] }});
+    say((await session.generate("hi").result).text);
+    session.close();
+    """
+    async with running(source, tmp_path, CALL, HELLO) as it:
+        assert await it.hear() == "Hello"
+        assert content in it.upstream.requests[1].messages[-1]["content"]
+
+
+async def test_a_declared_tool_is_answered_through_its_event_and_once(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    const generation = session.generate("hi", { tools: [{ name: "look" }] });
+    for await (const event of generation) {
+      if (event.type === "toolCall") { event.respond({ found: 1 }); event.fail("too late"); event.respond(2); }
+      if (event.type === "toolResult") say(event);
+    }
+    session.close();
+    """
+    async with running(source, tmp_path, CALL, HELLO) as it:
+        assert (await it.hear())["result"] == {"found": 1}
+        assert (await it.upstream.wait_for_requests(2)).messages[-1]["content"] == '{"found":1}'
+
+
+async def test_a_tool_is_told_when_nobody_waits_for_it(tmp_path: Path) -> None:
+    source = """
+    const stopped = Promise.withResolvers?.() ?? (() => { let resolve; const promise = new Promise((r) => resolve = r);
+      return { promise, resolve }; })();
+    const look = { name: "look", run: (_, { signal }) => new Promise(() => {
+      signal.addEventListener("abort", stopped.resolve);
+      generation.cancel();
+    }) };
+    const session = await createSession(url, { tools: [look] });
+    const generation = session.generate("hi");
+    await stopped.promise;
+    say((await generation.result).status);
+    session.close();
+    """
+    assert await said(source, tmp_path, CALL) == "cancelled"
+
+
+# Cancelling
+
+CANCELLED_BY = {
+    "cancel": "await hear(); await generation.cancel();",
+    "signal": "await hear(); controller.abort();",
+    "break": "for await (const event of generation) if (event.type === 'text') break;",
+}
+
+
+@pytest.mark.parametrize("way", CANCELLED_BY)
+async def test_cancelling_ends_it_at_the_provider_and_keeps_the_text(way: str, tmp_path: Path) -> None:
+    source = f"""
+    const session = await createSession(url);
+    const controller = new AbortController();
+    const generation = session.generate("hi", {{ signal: controller.signal }});
+    {CANCELLED_BY[way]}
+    const result = await generation.result;
+    say([result.status, result.text, session.history.length]);
+    session.close();
+    """
+    async with running(source, tmp_path, [answers.text("Hel"), answers.hang()]) as it:
+        request = await it.upstream.wait_for_requests(1)
+        if way != "break":
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            await it.say("go")
+        status, text, turns = await it.hear()
+        assert status == "cancelled"
+        assert (text, turns) in [("Hel", 2), ("", 0)] if way != "break" else [("Hel", 2)]
+        await request.closed.wait()
+
+
+async def test_what_is_aborted_before_it_starts_is_never_asked_for(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    const early = session.generate("early", { signal: AbortSignal.abort() });
+    const soon = session.generate("soon");
+    soon.cancel();
+    say([(await early.result).status, (await all(soon)).map((event) => event.type)]);
+    say((await session.generate("hi").result).text);
+    session.close();
+    """
+    async with running(source, tmp_path, HELLO) as it:
+        assert await it.hear() == ["cancelled", ["end"]]
+        assert await it.hear() == "Hello"
+        assert len(it.upstream.requests) == 1
+
+
+async def test_closing_the_session_cancels_what_runs(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    const generation = session.generate("hi");
+    await hear();
+    session.close();
+    say([await failing(generation.result), await failing(session.generate("more").result)]);
+    """
+    async with running(source, tmp_path, [answers.hang()]) as it:
+        request = await it.upstream.wait_for_requests(1)
+        await it.say("go")
+        assert [error["code"] for error in await it.hear()] == ["closed", "closed"]
+        await request.closed.wait()
+
+
+# Broken connections
+
+CUTTING = """
+// A WebSocket whose line breaks at the frame with this number, counted in both directions and over all connections.
+// The frame itself is lost or is the last one that gets through.
+const cutting = (at, isLost) => class Cutting {
+  static count = 0;
+  isDead = false;
+  constructor(...where) { this.inner = new WebSocket(...where); }
+  addEventListener(type, listener) {
+    if (type === "close") this.closed = listener;
+    this.inner.addEventListener(type, (event) => {
+      if (this.isDead) return;
+      if (type === "message") this.pass(() => listener(event)); else listener(event);
+    });
+  }
+  send(text) { if (!this.isDead) this.pass(() => this.inner.send(text)); }
+  pass(action) {
+    const isCut = ++Cutting.count === at;
+    if (!isCut || !isLost) action();
+    if (!isCut) return;
+    this.isDead = true;
+    this.inner.close();
+    queueMicrotask(() => this.closed({ code: 1006 }));
+  }
+  close() { this.inner.close(); }
+};
+"""
+
+
+@pytest.mark.parametrize("is_lost", [True, False], ids=["the frame is lost", "the frame gets through"])
+async def test_a_cut_at_any_frame_changes_nothing(is_lost: bool, tmp_path: Path) -> None:
+    """Nothing is lost and nothing doubled: neither text nor a call of the tool nor a request to the provider."""
+    source = (
+        LOOK
+        + CUTTING
+        + f"""
+    for (let at = 1, wasCut = true; wasCut; at++) {{
+      const Socket = cutting(at, {str(is_lost).lower()});
+      const session = await createSession(url, {{ tools: [look], WebSocket: Socket, ...fast }});
+      const generation = session.generate("hi");
+      const events = await all(generation);
+      wasCut = Socket.count >= at;
+      const text = events.map((event) => event.type === "text" ? event.text : "").join("");
+      say([at, wasCut, text, await generation.result, seen.splice(0), session.history]);
+      session.close();
+    }}
+    say(null);
+    """
+    )
+
+    def answer(request: Request) -> answers.Answer:
+        if request.messages[-1]["role"] == "tool":
+            return HELLO
+        return (answers.text("Wait"), answers.text(" …"), CALL)
+
+    async with running(source, tmp_path, answer) as it:
+        runs = []
+        while (run := await it.hear()) is not None:
+            runs.append(run)
+        for at, _, text, result, seen, history in runs:
+            assert (text, result["text"], result["status"]) == ("Wait …Hello", "Wait …Hello", "completed"), at
+            assert seen == ["sea"], at
+            assert [message["role"] for message in history] == ["user", "assistant", "tool", "assistant"], at
+        assert len(runs) > 8
+        assert len(it.upstream.requests) == 2 * len(runs)
+
+
+@pytest.mark.parametrize("is_lost", [True, False], ids=["the frame is lost", "the frame gets through"])
+async def test_a_cut_at_any_frame_while_cancelling_still_cancels(is_lost: bool, tmp_path: Path) -> None:
+    source = (
+        CUTTING
+        + f"""
+    for (let at = 1, wasCut = true; wasCut; at++) {{
+      const Socket = cutting(at, {str(is_lost).lower()});
+      const session = await createSession(url, {{ WebSocket: Socket, ...fast }});
+      const generation = session.generate("hi");
+      for await (const event of generation) if (event.type === "text") generation.cancel();
+      wasCut = Socket.count >= at;
+      say((await generation.result).status);
+      session.close();
+    }}
+    say(null);
+    """
+    )
+    async with running(source, tmp_path, lambda _: (answers.text("Hel"), answers.hang())) as it:
+        runs = 0
+        while (status := await it.hear()) is not None:
+            assert status == "cancelled"
+            runs += 1
+        assert runs > 4
+        assert len(it.upstream.requests) == runs
+        for request in it.upstream.requests:
+            await request.closed.wait()
+
+
+async def test_the_break_and_the_resumption_are_events(tmp_path: Path) -> None:
+    source = """
+    const statuses = [];
+    const session = await createSession(url, { ...fast, onStatus: (status) => statuses.push(status) });
+    const types = [];
+    for await (const event of session.generate("hi")) {
+      types.push(event.type === "resumed" ? [event.type, event.gap] : event.type);
+      if (event.type === "text" && types.length === 1) { session.reconnect(); await hear(); }
+    }
+    session.close();
+    say([types, statuses]);
+    """
+    async with running(source, tmp_path, [answers.text("Hel"), answers.pause("go on"), answers.reply("lo")]) as it:
+        await it.upstream.wait_for_requests(1)
+        await it.say("go on")
+        it.upstream.gate("go on").set()
+        types, statuses = await it.hear()
+        assert [kind for kind in types if kind != "text"] == ["disconnected", ["resumed", False], "end"]
+        assert statuses[:5] == ["connecting", "open", "waiting", "connecting", "open"]
+
+
+async def test_a_gap_is_announced_and_the_result_is_whole(tmp_path: Path) -> None:
+    source = """
+    class Deaf extends WebSocket {  // does not hear what it would have to acknowledge by `after`
+      addEventListener(type, listener) {
+        super.addEventListener(type, type !== "message" ? listener : (event) => {
+          if (Deaf.isDeaf && JSON.parse(event.data).method === "text_chunk") return;
+          listener(event);
+        });
+      }
+    }
+    const session = await createSession(url, { WebSocket: Deaf, ...fast });
+    Deaf.isDeaf = true;
+    const generation = session.generate("hi");
+    await hear();
+    Deaf.isDeaf = false;
+    session.reconnect();
+    const events = await all(generation);
+    say([events.filter((event) => event.type === "resumed").map((event) => event.gap), generation.text.length]);
+    say((await generation.result).text.length);
+    session.close();
+    """
+    chunks = [(answers.pause(str(number)), answers.text("x" * 400)) for number in range(20)]
+    script = [*chunks, answers.pause("end"), answers.reply()]
+    async with running(source, tmp_path, script, outbox_bytes=4096) as it:
+        await it.upstream.wait_for_requests(1)
+        for number in range(20):
+            it.upstream.gate(str(number)).set()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        await it.say("reconnect")
+        it.upstream.gate("end").set()
+        gaps, heard = await it.hear()
+        assert gaps == [True]
+        assert heard < 8000
+        assert await it.hear() == 8000
+
+
+async def test_a_session_that_was_taken_over_does_not_fight_for_it(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    const generation = session.generate("hi");
+    say(session.id);
+    say([await failing(generation.result), await failing(session.generate("more").result)]);
+    """
+    async with running(source, tmp_path, [answers.hang()]) as it:
+        session_id = await it.hear()
+        await it.upstream.wait_for_requests(1)
+        async with it.server.connect(session_id, "?after=0") as other:
+            assert [error["code"] for error in await it.hear()] == ["taken_over", "taken_over"]
+            assert not other.socket.closed
+
+
+async def test_a_message_that_is_too_big_fails_by_itself(tmp_path: Path) -> None:
+    source = """
+    const look = { name: "look", run: () => "x".repeat(9000) };
+    const session = await createSession(url, { tools: [look], ...fast });
+    say([await failing(session.generate("x".repeat(9000)).result), (await session.generate("hi").result).text]);
+    session.close();
+    """
+    async with running(source, tmp_path, CALL, HELLO, max_message_bytes=8000) as it:
+        error, text = await it.hear()
+        assert (error["code"], text) == ("too_big", "Hello")
+        assert "9" in it.upstream.requests[1].messages[-1]["content"]
+
+
+# Servers that go and come
+
+
+async def test_another_server_in_its_place_gets_a_new_session(tmp_path: Path) -> None:
+    source = """
+    let at;
+    class Moved extends WebSocket { constructor(url, ...rest) { super(url.replace(/127.0.0.1:[0-9]+/, at), ...rest); } }
+    at = new URL(url).host;
+    const fetched = globalThis.fetch;
+    globalThis.fetch = (target, ...rest) => fetched(String(target).replace(/127.0.0.1:[0-9]+/, at), ...rest);
+    const session = await createSession(url, { WebSocket: Moved, ...fast });
+    say((await session.generate("one").result).text);
+    const running = session.generate("two");
+    at = await hear();
+    session.reconnect();
+    const more = session.generate("three");
+    say(await failing(running.result));
+    say((await more.result).text);
+    session.close();
+    """
+    async with running(source, tmp_path, HELLO, [answers.hang()], HELLO) as it:
+        assert await it.hear() == "Hello"
+        await it.upstream.wait_for_requests(2)
+        async with open_server(settings(it.upstream.base_url)) as other:
+            await it.say(other.url.removeprefix("http://"))
+            error = await it.hear()
+            assert (error["code"], error["retryable"]) == ("session_gone", True)
+            assert await it.hear() == "Hello"
+            assert [message["content"] for message in it.upstream.requests[2].messages] == ["one", "Hello", "three"]
+
+
+async def test_a_server_that_stops_is_given_up_after_a_time(tmp_path: Path) -> None:
+    source = """
+    const statuses = [];
+    const session = await createSession(url, { ...fast, giveUpAfter: 1, onStatus: (status) => statuses.push(status) });
+    await session.generate("one").result;
+    const generation = session.generate("two");
+    say((await generation.result).status);
+    say(await failing(session.generate("three").result));
+    session.close();
+    say(statuses);
+    """
+    async with running(source, tmp_path, HELLO, [answers.text("Hel"), answers.hang()]) as it:
+        await it.upstream.wait_for_requests(2)
+        it.server.shutdown.set()
+        assert await it.hear() == "cancelled", "by the server, which says so before it closes"
+        assert (await it.hear())["code"] in ("connection_lost", -32005)
+        assert {"draining", "open"} <= set(await it.hear())
+
+
+async def test_a_server_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    source = """
+    say(await failing(createSession("http://127.0.0.1:9")));
+    say(await failing(createSession(`${url}/elsewhere/`)));
+    """
+    async with running(source, tmp_path) as it:
+        assert (await it.hear())["code"] == "unreachable"
+        assert (await it.hear())["data"]["status"] == 404
+
+
+# Tokens
+
+
+async def test_with_a_token_it_connects_and_resumes_by_tickets(tmp_path: Path) -> None:
+    source = f"""
+    say(await failing(createSession(url)));
+    say(await failing(createSession(url, {{ token: "another one, and wrong" }})));
+    const session = await createSession(url, {{ token: "{TOKEN}", ...fast }});
+    const generation = session.generate("hi");
+    for await (const event of generation) if (event.type === "text") break;
+    session.reconnect();
+    say((await generation.result).status);
+    say((await session.generate("hi").result).text);
+    session.close();
+    """
+    tokens = {"tests": Secret(TOKEN)}
+    async with running(source, tmp_path, [answers.text("Hel"), answers.hang()], HELLO, auth_tokens=tokens) as it:
+        assert [(await it.hear())["code"] for _ in range(2)] == ["unauthorized", "unauthorized"]
+        assert await it.hear() == "cancelled"
+        assert await it.hear() == "Hello"
+
+
+# Types, and other classes of WebSocket
+
+
+async def test_it_takes_the_class_of_the_package_ws(tmp_path: Path) -> None:
+    modules = await trio.to_thread.run_sync(node_modules) or without("npm")
+    source = f"""
+    import {{ WebSocket as Ws }} from {str(modules / "ws" / "wrapper.mjs")!r};
+    delete globalThis.WebSocket;
+    const without = await createSession(url);
+    say(await failing(without.generate("hi").result));
+    const session = await createSession(url, {{ WebSocket: Ws, ...fast }});
+    say((await session.generate("hi").result).text);
+    session.reconnect();
+    say((await session.generate("hi").result).text);
+    session.close();
+    """
+    async with running(source, tmp_path, HELLO, HELLO) as it:
+        assert "`WebSocket`" in (await it.hear())["message"]
+        assert [await it.hear(), await it.hear()] == ["Hello", "Hello"]
+
+
+USE = """
+import { createSession, InferenceError } from "./client.js";
+const look = { name: "look", run: async ({ at }: any, { signal }: { signal: AbortSignal }) => [at, signal] };
+const session = await createSession("/", { tools: [look] });
+for await (const event of session.generate("hi", { temperature: 0, logit_bias: { a: 1 } })) {
+  if (event.type === "text") event.text.trim();
+  if (event.type === "end") event.usage?.output_tokens.toFixed();
+  // @ts-expect-error
+  if (event.type === "nonesuch") throw new InferenceError("x", 1);
+}
+// @ts-expect-error
+session.generate("hi", { temperature: "hot" });
+"""
+
+
+@pytest.mark.parametrize(("change", "is_right"), [(("", ""), True), (("event.text.trim()", "event.chunk"), False)])
+def test_its_types_pass_the_strict_compiler(change: tuple[str, str], is_right: bool, tmp_path: Path) -> None:
+    modules = node_modules() or without("npm")
+    (tmp_path / "client.js").write_text((WEB / "client.js").read_text())
+    (tmp_path / "use.ts").write_text(USE.replace(*change))
+    options = ["--strict", "--checkJs", "--allowJs", "--noEmit", "--target", "es2022", "--module", "es2022"]
+    command = [str(modules / ".bin" / "tsc"), *options, "--types", "", "use.ts"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode == 0) == is_right, ended.stdout
