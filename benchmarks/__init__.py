@@ -1,0 +1,1 @@
+"""The server measured beside others: ``uv run python -m benchmarks``."""
