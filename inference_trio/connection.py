@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -23,10 +22,9 @@ from . import openrpc
 from .chat import JsonObject
 from .errors import InferenceError, InternalError
 from .jsonrpc import Call, Frame, Invalid, decode, encode, failure, notification, response
-from .protocol import Cancel, Cancelled, Generate, Notification, ToolResult
-from .runner import Runner
-from .session import Session
-from .task import TaskState
+from .outbox import Entry
+from .protocol import Accepted, Cancel, Cancelled, Generate, Notification, Started, ToolResult
+from .session import Attachment
 
 INTERNAL_ERROR = 1011
 """WebSocket close code of RFC 6455, section 7.4.1."""
@@ -52,18 +50,42 @@ class WebSocket(Protocol):
     async def close(self, code: int, reason: str = "") -> None: ...
 
 
+class Ending(Protocol):
+    """Tasks that were cancelled."""
+
+    async def ended(self) -> list[str]:
+        """Waits until all have ended; the ids of those that the cancelling has ended."""
+
+
+class Session(Protocol):
+    """What is needed of a session; see `session.Session` for what the methods do.
+
+    What is `async` may ask elsewhere and raises an `InferenceError`, but waits for no generation.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    def take(self, connection: Attachment) -> Entry | None: ...
+
+    def detach(self, connection: Attachment) -> None: ...
+
+    async def generate(self, call: Call, params: Generate) -> Started: ...
+
+    async def tool_result(self, params: ToolResult) -> Accepted: ...
+
+    async def cancel(self, task_id: str | None) -> Ending: ...
+
+
 @attrs.frozen
 class Cancelling:
-    """A `cancel` that is answered when these runners have ended."""
+    """A `cancel` that is answered when its tasks have ended."""
 
     call: Call
-    runners: Sequence[Runner]
+    tasks: Ending
 
     async def answer(self) -> JsonObject | None:
-        for runner in self.runners:
-            await runner.ended.wait()
-        ids = [runner.task.id for runner in self.runners if runner.task.state is TaskState.CANCELLED]
-        return _response(self.call, Cancelled(ids))
+        return _response(self.call, Cancelled(await self.tasks.ended()))
 
 
 @attrs.define(eq=False)
@@ -111,7 +133,7 @@ class Connection:
             if self._close_code is not None:
                 return
             frame = decode(data)
-            answers = [self._dispatch(item) for item in frame.items]
+            answers = [await self._dispatch(item) for item in frame.items]
             if any(isinstance(answer, Cancelling) for answer in answers):
                 nursery.start_soon(self._answer_later, frame, answers)
             else:
@@ -120,11 +142,11 @@ class Connection:
                 self._caught_up = trio.Event()
                 await self._caught_up.wait()
 
-    def _dispatch(self, item: Call | Invalid) -> JsonObject | Cancelling | None:
+    async def _dispatch(self, item: Call | Invalid) -> JsonObject | Cancelling | None:
         if isinstance(item, Invalid):
             return failure(item.id, item.error)
         try:
-            return self._call(item)
+            return await self._call(item)
         except InferenceError as error:
             refused = error
         except Exception:
@@ -132,14 +154,14 @@ class Connection:
             refused = InternalError()
         return failure(item.id, refused) if item.expects_answer else None
 
-    def _call(self, call: Call) -> JsonObject | Cancelling | None:
+    async def _call(self, call: Call) -> JsonObject | Cancelling | None:
         match call.params:
             case Generate() as params:
-                return _response(call, self.session.generate(call, params))
+                return _response(call, await self.session.generate(call, params))
             case ToolResult() as params:
-                return _response(call, self.session.tool_result(params))
+                return _response(call, await self.session.tool_result(params))
             case Cancel(task_id=task_id):
-                return Cancelling(call, self.session.cancel(task_id))
+                return Cancelling(call, await self.session.cancel(task_id))
             case _:
                 return _response(call, openrpc.document())
 

@@ -95,11 +95,11 @@ class ServerLimits:
 def install(
     limits: ServerLimits,
     before_stop: Callable[[], Awaitable[None]] | None = None,
-    before_start: Callable[[list[str]], None] = lambda _: None,
+    before_start: Callable[[Config], None] = lambda _: None,
 ) -> None:
     """Make Hypercorn's Trio worker use these fixes in this process. The last call's arguments count.
 
-    ``before_start`` is called with the addresses to listen on; ``before_stop`` is awaited between the signal to stop
+    ``before_start`` is called with Hypercorn's configuration; ``before_stop`` is awaited between the signal to stop
     and the stop, while all is still served.
     """
     for module in (hypercorn.trio, hypercorn.trio.run):
@@ -111,14 +111,14 @@ def install(
 
 
 async def _serve(
-    before_start: Callable[[list[str]], None],
+    before_start: Callable[[Config], None],
     before_stop: Callable[[], Awaitable[None]],
     app: Any,
     config: Config,
     **options: Any,
 ) -> None:
     """Hypercorn tells open WebSockets nothing when it stops: they are cut off when its time is over."""
-    before_start([*config.bind, *config.insecure_bind])
+    before_start(config)
     trigger = options.pop("shutdown_trigger", None)
     config.graceful_timeout = STOPPING_TIME
     # Else it writes to stderr by itself, as well as through `logging`.

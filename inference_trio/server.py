@@ -10,12 +10,14 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 import attrs
 import trio
+from hypercorn.config import Config
 from msgspec import UNSET
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
@@ -54,6 +56,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_SEVERAL_WORKERS = (
+    "inference_trio: {} workers would not know each other's sessions, which are in memory: use one worker"
+)
+
 _STATUS = {ParseError: 400, InvalidParamsError: 422, OverloadedError: 503}
 
 
@@ -66,7 +72,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
         logger.warning("%s", line)
     opening = nullcontext(model) if model else open_model(settings)
     service = Service(settings, opening, Access.of(settings))
-    install(ServerLimits(max_message_bytes=settings.max_message_bytes), service.drain, service.warn_of_strangers)
+    install(ServerLimits(max_message_bytes=settings.max_message_bytes), service.drain, service.before_start)
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket
     app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes
@@ -105,6 +111,13 @@ class Service:
         app.get("/openrpc.json")(self.openrpc)
         app.websocket("/ws/<session_id>")(self.connect)
 
+    def before_start(self, config: Config) -> None:
+        """Called with Hypercorn's configuration. Ends the process where it asks for what cannot work."""
+        if config.workers > 1:
+            print(_SEVERAL_WORKERS.format(config.workers), file=sys.stderr)  # noqa: T201 (the app's line, see app.py)
+            raise SystemExit(2)
+        self.warn_of_strangers([*config.bind, *config.insecure_bind])
+
     def warn_of_strangers(self, hosts: list[str]) -> None:
         """Called with where the server is going to listen."""
         reachable = [host for host in hosts if not is_loopback(host)]
@@ -125,13 +138,14 @@ class Service:
 
     async def create_session(self) -> Response:
         owner = self._owner(request.headers)
-        session = self.store.create(convert(await _json_body(), CreateSession, "body"), owner)
-        return _json(Created(session.id, session.issue_ticket() if self.access.needs_token else UNSET))
+        session = await self.store.create(convert(await _json_body(), CreateSession, "body"), owner)
+        return _json(Created(session.id, await session.issue_ticket() if self.access.needs_token else UNSET))
 
     async def issue_ticket(self, session_id: str) -> Response:
         owner = self._owner(request.headers)
-        owner.spend_request(trio.current_time())
-        return _json(NewTicket(self._session_of(owner, session_id).issue_ticket()))
+        await self.store.spend_request(owner)
+        session = await self._session_of(owner, session_id)
+        return _json(NewTicket(await session.issue_ticket()))
 
     async def healthz(self) -> Response:
         return _json({"status": "ok"})
@@ -147,11 +161,11 @@ class Service:
     async def connect(self, session_id: str) -> None:
         socket = websocket._get_current_object()  # type: ignore[attr-defined]  # noqa: SLF001 (Werkzeug's proxies)
         offered = socket.requested_subprotocols
-        session = self._session_for_ticket(session_id, ticket_among(offered))
+        session = await self._session_for_ticket(session_id, ticket_among(offered))
         if session is None:
-            session = self._session_of(self._owner(socket.headers), session_id)
+            session = await self._session_of(self._owner(socket.headers), session_id)
         connection = Connection(socket, session, SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        session.attach(connection, _after(socket.args.get("after")))
+        await session.attach(connection, _after(socket.args.get("after")))
         await connection.run()
 
     def _owner(self, headers: Headers) -> Owner:
@@ -163,15 +177,15 @@ class Service:
             raise Unauthorized(expected)
         return owner
 
-    def _session_of(self, owner: Owner, session_id: str) -> Session:
-        session = self.store.get(session_id)
+    async def _session_of(self, owner: Owner, session_id: str) -> Session:
+        session = await self.store.get(session_id)
         if session is None or session.owner is not owner:
             raise NotFound("There is no such session; it may have expired")
         return session
 
-    def _session_for_ticket(self, session_id: str, ticket: str | None) -> Session | None:
-        session = self.store.get(session_id) if ticket else None
-        return session if session and ticket and session.redeem(ticket) else None
+    async def _session_for_ticket(self, session_id: str, ticket: str | None) -> Session | None:
+        session = await self.store.get(session_id) if ticket else None
+        return session if session and ticket and await session.redeem(ticket) else None
 
 
 async def refuse(error: InferenceError) -> Response:

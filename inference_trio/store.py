@@ -1,4 +1,4 @@
-"""All sessions of a process: what they may hold and run together, when they end, and how all of it stops.
+"""All sessions, in memory: what they may hold and run together, when they end, and how all of it stops.
 
 A session with neither a connection nor a task is idle, and ends when it was idle for too long. Where all together
 hold too much, those idle longest first keep nothing but their newest notification (a connection that comes back
@@ -58,7 +58,7 @@ class SessionStore:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def create(self, params: CreateSession, owner: Owner) -> Session:
+    async def create(self, params: CreateSession, owner: Owner) -> Session:
         """Raises OverloadedError where there are too many sessions."""
         self.refuse_when_draining()
         self._end_expired()
@@ -82,7 +82,7 @@ class SessionStore:
         self.touch(session)
         return session
 
-    def get(self, session_id: str) -> Session | None:
+    async def get(self, session_id: str) -> Session | None:
         """The session, if there is one that has not expired. Asking for it counts as use."""
         self._end_expired()
         session = self._sessions.get(session_id)
@@ -97,6 +97,10 @@ class SessionStore:
             sessions.pop(session.id, None)
             if session.is_idle:
                 sessions[session.id] = session
+
+    async def spend_request(self, owner: Owner) -> None:
+        """Raises OverloadedError where the owner asks for too much in a minute."""
+        owner.spend_request(trio.current_time())
 
     def admit_task(self, session: Session, size: int) -> None:
         """Counts one more task that holds ``size`` bytes. Raises OverloadedError where it would be too many."""
@@ -152,7 +156,7 @@ class SessionStore:
                 session.attached.tell(Draining(limit))
         await self._wait_for_tasks(limit)
         for session in self._sessions.values():
-            session.cancel(None)
+            session.tasks.cancel()
         await self._wait_for_tasks(CLOSING_TIME)
         connections = [session.attached for session in self._sessions.values() if session.attached]
         for connection in connections:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import attrs
 import msgspec
@@ -18,6 +18,7 @@ from inference_trio.messages import ModelRequest
 from inference_trio.protocol import TaskNotification, Usage
 from inference_trio.settings import Settings
 
+T = TypeVar("T")
 Receive = Callable[[list[Delta]], Awaitable[None]]
 Step = Callable[[Receive], Awaitable[None]]
 
@@ -27,6 +28,15 @@ USAGE = Usage(input_tokens=10, output_tokens=5, total_tokens=15)
 def settings(**changes: Any) -> Settings:
     """Settings that read nothing from outside."""
     return attrs.evolve(Settings.load({"LLM_PROVIDER": "local"}, dotenv=None), **changes)
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a call gives that does not wait; asserts that it does not. Sessions in memory never do."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("it waits")
 
 
 def tool(definition: dict[str, Any]) -> Tool:

@@ -39,6 +39,7 @@ ORDER = (
     "local_model",
     "model",
     "runner",
+    "running",
     "session",
     "store",
     "connection",

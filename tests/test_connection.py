@@ -18,7 +18,7 @@ from inference_trio.session import Session
 from inference_trio.store import SessionStore
 
 from . import fakes
-from .fakes import FakeModel, FakeWebSocket, finish, hang, text, tool_call
+from .fakes import FakeModel, FakeWebSocket, at_once, finish, hang, text, tool_call
 
 TOOL = {"name": "look", "parameters": {"type": "object"}}
 CALLS = [tool_call("c1", "look", '{"at": 1}', 0), tool_call("c2", "look", "{}", 1), finish("tool_calls")]
@@ -33,12 +33,12 @@ class Bench:
     owner: Owner = attrs.field(factory=lambda: Owner(None))
 
     def create(self, **params: Any) -> Session:
-        return self.store.create(CreateSession(**params), self.owner)
+        return at_once(self.store.create(CreateSession(**params), self.owner))
 
     def connect(self, session: Session, after: int | None = None, **options: Any) -> FakeWebSocket:
         socket = FakeWebSocket(session.id, **options)
         connection = Connection(socket, session)
-        session.attach(connection, after)
+        at_once(session.attach(connection, after))
 
         async def serve() -> None:
             with socket.scope:
@@ -458,10 +458,10 @@ async def test_sessions_are_limited_and_expire_when_idle(autojump_clock: Any) ->
         with pytest.raises(Exception, match="too many sessions"):
             it.create()
         await trio.sleep(9)
-        assert it.store.get(second.id) is second
+        assert await it.store.get(second.id) is second
         await trio.sleep(2)
-        assert it.store.get(first.id) is None
-        assert it.store.get(second.id) is second
+        assert await it.store.get(first.id) is None
+        assert await it.store.get(second.id) is second
         third = it.create()
         assert third.id not in (first.id, second.id)
         assert len(third.id) >= 22
@@ -472,12 +472,12 @@ async def test_a_session_in_use_does_not_expire(autojump_clock: Any) -> None:
         session = it.create()
         socket = it.connect(session)
         await trio.sleep(100)
-        assert it.store.get(session.id) is session
+        assert await it.store.get(session.id) is session
         await socket.drop()
         await trio.sleep(9)
-        assert it.store.get(session.id) is session
+        assert await it.store.get(session.id) is session
         await trio.sleep(11)
-        assert it.store.get(session.id) is None
+        assert await it.store.get(session.id) is None
 
 
 async def test_the_resume_window_is_the_servers_at_most() -> None:

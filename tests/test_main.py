@@ -92,6 +92,14 @@ def test_wrong_settings_end_the_process_with_one_line(
         assert ended.returncode == 2
 
 
+def test_several_workers_that_would_not_know_each_others_sessions_are_refused(tmp_path: Path) -> None:
+    several = ["--bind", "127.0.0.1:0", "--workers", "2"]
+    ended = run([*HYPERCORN, *several], tmp_path, DEEPSEEK_API_KEY=KEY, INFERENCE_LOG_FILE="")
+    said = {line for line in ended.stderr.splitlines() if "Running on" not in line}
+    assert len(said) == 1, ended.stderr
+    assert "2 workers" in said.pop()
+
+
 def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -48,7 +48,7 @@ async def test_what_is_held_is_counted_and_given_back(autojump_clock: Any) -> No
         assert it.store.budget.used == held + session.outbox.size
         assert session.outbox.size > 16 * KB, "the chunks, and the end with the whole text"
         await trio.sleep(11)
-        assert it.store.get(session.id) is None
+        assert await it.store.get(session.id) is None
         assert (it.store.budget.used, it.owner.sessions, it.owner.running) == (0, 0, 0)
 
 
@@ -118,15 +118,15 @@ async def test_over_the_limit_a_reader_still_gets_everything() -> None:
 async def test_sessions_and_tasks_of_one_owner_are_counted_apart() -> None:
     async with bench([hang]) as it:
         alice, bob = Owner("alice", max_sessions=2, max_tasks=1), Owner("bob", max_sessions=2)
-        one, two = [it.store.create(CreateSession(), alice) for _ in range(2)]
+        one, two = [await it.store.create(CreateSession(), alice) for _ in range(2)]
         with pytest.raises(OverloadedError, match="too many sessions of this token: 2"):
-            it.store.create(CreateSession(), alice)
-        it.store.create(CreateSession(), bob)
+            await it.store.create(CreateSession(), alice)
+        await it.store.create(CreateSession(), bob)
         for session, refused in ((one, False), (two, True)):
             socket = it.connect(session)
             socket.call("generate", {"message": "hi"})
             assert ("error" in await socket.hear()) is refused
         assert (alice.running, bob.running, it.store.running) == (1, 0, 1)
-        await one.cancel(None)[0].ended.wait()
+        await (await one.cancel(None)).ended()
         await trio.testing.wait_all_tasks_blocked()
         assert (alice.running, it.store.running) == (0, 0)
