@@ -7,6 +7,7 @@ never carries a key, a stack trace or a path of the server.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 
@@ -26,6 +27,11 @@ class InferenceError(Exception):
         super().__init__(message)
         self.message = message
         self.data = data
+
+    @property
+    def kind(self) -> str:
+        """The class as a word such as ``rate_limited``: one for each code of the table."""
+        return re.sub("(?<=[a-z])(?=[A-Z])", "_", type(self).__name__.removesuffix("Error")).lower()
 
     @property
     def retryable(self) -> bool:

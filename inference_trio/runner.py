@@ -31,6 +31,7 @@ from .errors import (
 from .logs import log_context
 from .messages import ModelRequest, RoundAccumulator, to_langchain
 from .protocol import Error, TaskNotification
+from .report import FailedAttempt, Observer, TaskReport, Timeline
 from .settings import Settings
 from .task import (
     CancelRequested,
@@ -87,6 +88,8 @@ class Runner:
     conversation: list[JsonObject]
     tools: Sequence[JsonObject]
     parameters: JsonObject
+    observers: Sequence[Observer] = ()
+    traceparent: str | None = None
     ended: trio.Event = attrs.field(factory=trio.Event)
 
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
@@ -95,9 +98,8 @@ class Runner:
     _provider_message: BaseMessage | None = None
     _used_ids: set[str] = attrs.field(factory=set)
     _has_begun: bool = False
-    _error_code: int | None = None
-    _started_at: float = attrs.field(factory=trio.current_time)
-    _first_delta_at: float | None = None
+    _late_error: InferenceError | None = None
+    _timeline: Timeline = attrs.field(factory=lambda: Timeline(trio.current_time()))
 
     def cancel(self) -> None:
         """Ends the task as cancelled unless it ends otherwise before; ``ended`` tells when the upstream is closed."""
@@ -109,6 +111,7 @@ class Runner:
             self._apply(ToolResultsReceived(outcomes))
         except IllegalTransitionError as error:
             raise NoSuchTaskError(f"Task {self.task.id} is {self.task.state.value} and waits for no tools") from error
+        self._timeline.end_tool_waits(trio.current_time(), [outcome.call_id for outcome in outcomes])
         self._results_came.set()
 
     async def run(self) -> None:
@@ -126,7 +129,7 @@ class Runner:
                 if not self.task.has_ended:
                     self._apply(CancelRequested())
                 self.ended.set()
-                self._log_end()
+                self._tell_end()
 
     async def _run_in_time(self) -> None:
         limit = self.settings.task_timeout
@@ -143,6 +146,7 @@ class Runner:
 
     async def _run_round(self) -> None:
         self._extend_messages()
+        self._timeline.begin_round(trio.current_time())
         for attempt in itertools.count():
             accumulator = RoundAccumulator()
             self._has_begun = False
@@ -150,8 +154,10 @@ class Runner:
                 await self._stream(accumulator)
                 break
             except InferenceError as error:
-                delay = _delay_before_next(error, attempt)
-                if self._has_begun or attempt >= self.settings.max_retries or delay is None:
+                may_retry = not self._has_begun and attempt < self.settings.max_retries
+                delay = _delay_before_next(error, attempt) if may_retry else None
+                self._tell_failure(FailedAttempt(trio.current_time(), error, is_retried=delay is not None))
+                if delay is None:
                     raise
                 logger.warning(
                     "attempt %d failed, the next one begins in %.1f s: %s", attempt + 1, delay, error.message
@@ -165,8 +171,9 @@ class Runner:
 
         async def receive(deltas: list[Delta]) -> None:
             scope.deadline = math.inf
-            self._has_begun = True
-            self._first_delta_at = self._first_delta_at or trio.current_time()
+            if not self._has_begun:
+                self._has_begun = True
+                self._timeline.begin_answer(trio.current_time())
             for delta in deltas:
                 accumulator.add(delta)
             for event in _text_events(deltas):
@@ -205,6 +212,7 @@ class Runner:
     def _close_round(self, accumulator: RoundAccumulator) -> None:
         offered = [tool["function"]["name"] for tool in self.tools]
         event = accumulator.finish(offered, self._used_ids)
+        self._timeline.end_round(trio.current_time(), event)
         self._apply(event)
         if isinstance(event, ToolCallsRequested) and not self.task.has_ended:
             self._used_ids.update(call.id for call in event.calls)
@@ -236,30 +244,56 @@ class Runner:
             self.sink.append(note)
 
     def _fail(self, error: InferenceError) -> None:
-        self._error_code = error.code
         if self.task.has_ended:  # and how it did could not be told
+            self._late_error = error
             self.sink.append(Error(task_id=self.task.id, error=error.to_wire()))
         else:
             self._apply(TaskFailed(error))
 
-    def _log_end(self) -> None:
-        now = trio.current_time()
-        usage = self.task.usage
+    # What is told about it
+
+    def _tell_failure(self, failure: FailedAttempt) -> None:
+        self._timeline.fail_attempt(failure)
+        for observer in self.observers:
+            observer.attempt_failed(self.model_name, failure)
+
+    def _tell_end(self) -> None:
+        report = self._report()
         content = {"conversation": self.conversation, "answer": self.task.text} if self.settings.log_content else {}
-        logger.info(
-            "task ended",
-            extra={
-                "model": self.model_name,
-                "state": self.task.state.value,
-                "error": self._error_code,
-                "rounds": self.task.rounds,
-                "input_tokens": usage and usage.input_tokens,
-                "output_tokens": usage and usage.output_tokens,
-                "first_token_s": self._first_delta_at and round(self._first_delta_at - self._started_at, 3),
-                "duration_s": round(now - self._started_at, 3),
-                **content,
-            },
+        logger.info("task ended", extra=_fields_of(report) | content)
+        for observer in self.observers:
+            observer.task_ended(report)
+
+    def _report(self) -> TaskReport:
+        return TaskReport(
+            task_id=self.task.id,
+            session_id=self.session_id,
+            model=self.model_name,
+            state=self.task.state,
+            error=self._late_error or self.task.error,
+            usage=self.task.usage,
+            started_at=self._timeline.started_at,
+            ended_at=trio.current_time(),
+            rounds=self._timeline.rounds,
+            tool_waits=list(self._timeline.tool_waits.values()),
+            traceparent=self.traceparent,
         )
+
+
+def _fields_of(report: TaskReport) -> JsonObject:
+    """What the log says of a task."""
+    usage, first_token = report.usage, report.first_token_after
+    return {
+        "model": report.model,
+        "state": report.state.value,
+        "error": report.error and report.error.code,
+        "rounds": len(report.rounds),
+        "retries": report.retries,
+        "input_tokens": usage and usage.input_tokens,
+        "output_tokens": usage and usage.output_tokens,
+        "first_token_s": first_token and round(first_token, 3),
+        "duration_s": round(report.duration, 3),
+    }
 
 
 def _delay_before_next(error: InferenceError, attempt: int) -> float | None:

@@ -19,6 +19,7 @@ from .errors import InvalidParamsError, NoSuchTaskError
 from .jsonrpc import Call
 from .logs import log_context
 from .protocol import Accepted, Generate, NamedToolChoice, TaskStatus, ToolResult
+from .report import Observer
 from .runner import Model, Runner, Sink
 from .settings import Settings
 from .task import Task, TaskState, outcome_of
@@ -55,6 +56,7 @@ class RunningTasks:
     model: Model
     nursery: trio.Nursery
     sink: Sink
+    observers: Sequence[Observer] = ()
     runners: dict[str, Runner] = attrs.field(factory=dict)
     _window: trio.CancelScope | None = None
 
@@ -73,6 +75,7 @@ class RunningTasks:
             conversation=call.conversation,
             tools=offered,
             parameters=_parameters(params),
+            observers=self.observers,
         )
 
     def start(self, runner: Runner, dismiss: Callable[[Runner], None]) -> None:

@@ -22,6 +22,7 @@ from .errors import InvalidParamsError, OverloadedError
 from .jsonrpc import Call
 from .outbox import Entry, Outbox, Replay
 from .protocol import Accepted, Draining, Generate, Notification, Resumed, Started, TaskNotification, ToolResult
+from .report import Observer
 from .runner import Model, Runner
 from .running import RunnersEnding, RunningTasks
 from .settings import Settings
@@ -60,6 +61,8 @@ class Store(Protocol):
     nursery: trio.Nursery
     """Where tasks run: it outlives every connection."""
     drains_until: float | None
+    observers: Sequence[Observer]
+    """Who is told of tasks."""
 
     def admit_task(self, session: Session, size: int) -> None:
         """Counts one more task that holds ``size`` bytes. Raises OverloadedError where it would be too many."""
@@ -73,7 +76,9 @@ class Store(Protocol):
 
 def _tasks(session: Session) -> RunningTasks:
     store = session.store
-    return RunningTasks(session.id, session.owner.name, store.settings, store.model, store.nursery, session)
+    return RunningTasks(
+        session.id, session.owner.name, store.settings, store.model, store.nursery, session, store.observers
+    )
 
 
 @attrs.define(eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import attrs
 import msgspec
@@ -18,6 +19,7 @@ from .access import Owner
 from .errors import OverloadedError
 from .outbox import Budget, Outbox
 from .protocol import CreateSession, Draining
+from .report import Observer
 from .runner import Model
 from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Session
 from .settings import Settings
@@ -43,6 +45,7 @@ class SessionStore:
     settings: Settings
     model: Model
     nursery: trio.Nursery
+    observers: Sequence[Observer] = ()
     budget: Budget = attrs.field(default=attrs.Factory(_budget, takes_self=True))
     running: int = 0
     """Tasks running now."""

@@ -170,6 +170,8 @@ class Task:
     rounds: int = 1
     messages: list[JsonObject] = attrs.field(factory=list)
     """What the task adds to the history, complete rounds only until the task has ended."""
+    error: InferenceError | None = attrs.field(default=None, eq=False)
+    """What it failed with."""
 
     _calls: tuple[ToolCall, ...] = ()
     _results: dict[str, str] = attrs.field(factory=dict)
@@ -276,6 +278,7 @@ class Task:
         return S.CANCELLED, [self._end("cancelled", None)]
 
     def _on_failed(self, event: TaskFailed) -> tuple[TaskState, Notifications]:
+        self.error = event.error
         wire = event.error.to_wire()
         if self.text:
             wire["data"] = {**wire.get("data", {}), "partial_text": self.text}

@@ -13,7 +13,19 @@ import pytest
 import inference_trio
 
 PACKAGE = Path(inference_trio.__file__).parent
-PURE = ("errors", "variables", "settings", "access", "chat", "protocol", "jsonrpc", "openrpc", "task", "outbox")
+PURE = (
+    "errors",
+    "variables",
+    "settings",
+    "access",
+    "chat",
+    "protocol",
+    "jsonrpc",
+    "openrpc",
+    "task",
+    "outbox",
+    "report",
+)
 ORDER = (
     "__init__",
     "errors",
@@ -27,6 +39,7 @@ ORDER = (
     "logs",
     "task",
     "outbox",
+    "report",
     "deltas",
     "tool_calls",
     "messages",
