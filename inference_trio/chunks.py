@@ -1,6 +1,6 @@
 """Chunks of a chat completion from the bytes of its event stream.
 
-All events of one read are handled together: text that has piled up while the thread was busy goes on to LangChain
+All events of one read are handled together: text that has piled up while the server was busy goes on to LangChain
 as one chunk. What comes out are plain dicts, because LangChain takes those as well as the model objects of OpenAI's
 client, and making the objects costs more than all the rest. The types below say what compatible servers may leave out
 or send as ``null``; whatever else there is in a chunk is not looked at.

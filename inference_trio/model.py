@@ -1,7 +1,7 @@
 """The chat model: what the rest of the server knows of LangChain and the providers.
 
-A model's own code blocks, so it runs in a thread of `stream_in_thread`: it makes LangChain's chunks, they become
-deltas, and what it raises becomes an exception of ours, all in the thread.
+A model's own code blocks, so it runs apart (`bridge`): it makes LangChain's chunks, they become deltas, and what it
+raises becomes an exception of ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import attrs
 import trio
 from langchain_core.messages import AIMessageChunk
 
-from .bridge import stream_in_thread
+from .bridge import stream_blocking
 from .deltas import Delta, read_deltas
 from .messages import ModelRequest
 from .openai_model import open_openai
@@ -26,6 +26,9 @@ from .variables import SHORTEST_KEY
 
 class Source(Protocol):
     """Where chunks come from."""
+
+    def needs_thread(self) -> bool:
+        """Whether `chunks` may block in something else than `wait_for`."""
 
     def chunks(self, request: ModelRequest) -> Iterator[tuple[AIMessageChunk, Mapping[str, Any]]]:
         """The chunks of one call, each with LangChain's generation info. Blocks."""
@@ -42,13 +45,14 @@ class ChatModel:
     _limiter: trio.CapacityLimiter
     _secrets: tuple[str, ...] = ()
 
-    async def stream(self, request: ModelRequest, receive: Callable[[list[Delta]], Awaitable[None]]) -> None:
-        """Call the model and await ``receive`` with what has come, in order, never with nothing.
+    async def stream(self, request: ModelRequest, receive: Callable[[Delta], Awaitable[None]]) -> None:
+        """Call the model and await ``receive`` with each delta.
 
         Raises, for whatever the provider did, an InferenceError that says whether another attempt makes sense;
         InvalidParamsError for a parameter that the provider does not take. Cancelling it closes the request.
         """
-        await stream_in_thread(partial(self._deltas, request), receive, limiter=self._limiter)
+        threads = self._limiter if self._source.needs_thread() else None
+        await stream_blocking(partial(self._deltas, request), receive, threads=threads)
 
     async def aclose(self) -> None:
         """Close the connections to the provider."""

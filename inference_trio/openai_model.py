@@ -3,7 +3,7 @@
 `ChatOpenAI` is made for OpenAI's own models: it drops what other providers add to messages and chunks, renames
 and reroutes by the name of the model, and reads the environment. `CompatibleChatOpenAI` undoes that through its
 hooks, and reads the stream with a client of ours, while requests, keys and error statuses remain the work of
-OpenAI's client. Its requests go through the `TrioTransport`, whose thread this runs in.
+OpenAI's client. Its requests go through the `TrioTransport`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .deltas import REASONING_FIELDS
 from .errors import ConfigurationError, InvalidParamsError
 from .messages import ModelRequest, wire_form
 from .settings import Settings
+from .upstream_http import StreamTransport
 
 KEEPALIVE_EXPIRY = 30.0
 """Seconds for which an idle connection is kept. Providers and proxies close theirs after 60 or more."""
@@ -88,8 +89,10 @@ class OpenAISource:
     _model: CompatibleChatOpenAI
     _transport: httpx2.AsyncBaseTransport
 
+    def needs_thread(self) -> bool:
+        return _is_observed()
+
     def chunks(self, request: ModelRequest) -> Iterator[tuple[AIMessageChunk, Mapping[str, Any]]]:
-        """Blocks; for a thread of `stream_in_thread`."""
         messages, arguments = list(request.messages), self._arguments(request)
         if _is_observed():
             for message in self._model.stream(messages, **arguments):
@@ -119,9 +122,8 @@ def open_openai(settings: Settings) -> OpenAISource:
     if settings.base_url is None:
         raise ConfigurationError("LLM_BASE_URL is not set: name the endpoint of the model")
     # llama.cpp announces that it keeps a connection, and closes it.
-    kept = 0 if settings.provider == "local" else settings.max_tasks
-    limits = httpx2.Limits(max_keepalive_connections=kept, keepalive_expiry=KEEPALIVE_EXPIRY)
-    transport = httpx2.AsyncHTTPTransport(limits=limits)
+    keepalive_expiry = 0.0 if settings.provider == "local" else KEEPALIVE_EXPIRY
+    transport = StreamTransport(keepalive_expiry)
     return OpenAISource(_chat_openai(settings, _openai_client(settings, TrioTransport(transport))), transport)
 
 

@@ -38,8 +38,10 @@ class ProviderSource:
     _build: Callable[..., BaseChatModel]
     _model: BaseChatModel
 
+    def needs_thread(self) -> bool:
+        return True
+
     def chunks(self, request: ModelRequest) -> Iterator[tuple[AIMessageChunk, Mapping[str, Any]]]:
-        """Blocks; for a thread of `stream_in_thread`."""
         parameters = dict(request.parameters)
         stop = parameters.pop("stop", None)
         tool_options = {name: parameters.pop(name, None) for name in ("tool_choice", "parallel_tool_calls")}

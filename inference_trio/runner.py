@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import attrs
@@ -62,8 +62,8 @@ _PARAMETERS_OF_TOOLS = ("tool_choice", "parallel_tool_calls")
 class Model(Protocol):
     """What the runner needs of a chat model."""
 
-    async def stream(self, request: ModelRequest, receive: Callable[[list[Delta]], Awaitable[None]]) -> None:
-        """One call of the model: awaits ``receive`` with what has come, in order. Raises `InferenceError`."""
+    async def stream(self, request: ModelRequest, receive: Callable[[Delta], Awaitable[None]]) -> None:
+        """One call of the model: awaits ``receive`` with each delta. Raises `InferenceError`."""
 
 
 class Sink(Protocol):
@@ -169,15 +169,16 @@ class Runner:
         """One attempt. A model that has said why it stopped has said everything: what breaks after that is no error."""
         scope = trio.CancelScope(deadline=trio.current_time() + self.settings.first_token_timeout)
 
-        async def receive(deltas: list[Delta]) -> None:
+        async def receive(delta: Delta) -> None:
             scope.deadline = math.inf
             if not self._has_begun:
                 self._has_begun = True
                 self._timeline.begin_answer(trio.current_time())
-            for delta in deltas:
-                accumulator.add(delta)
-            for event in _text_events(deltas):
-                self._apply(event)
+            accumulator.add(delta)
+            if delta.reasoning:
+                self._apply(ReasoningReceived(delta.reasoning, delta.reasoning_field))
+            if delta.text:
+                self._apply(TextReceived(delta.text))
             await self.sink.wait_for_room()
             limit = self.settings.token_timeout
             if accumulator.finish_reason:
@@ -303,18 +304,3 @@ def _delay_before_next(error: InferenceError, attempt: int) -> float | None:
         return None
     backoff: float = min(8.0, 0.5 * 2**attempt)
     return max(asked, backoff * random.uniform(0.5, 1.0))  # noqa: S311 (jitter, not a secret)
-
-
-def _text_events(deltas: list[Delta]) -> Iterator[Event]:
-    """Text that came together is told together, in the order in which text and reasoning came."""
-    for field, run in itertools.groupby(_pieces(deltas), key=lambda piece: piece[0]):
-        text = "".join(piece for _, piece in run)
-        yield ReasoningReceived(text, field) if field else TextReceived(text)
-
-
-def _pieces(deltas: list[Delta]) -> Iterator[tuple[str, str]]:
-    for delta in deltas:
-        if delta.reasoning:
-            yield delta.reasoning_field, delta.reasoning
-        if delta.text:
-            yield "", delta.text

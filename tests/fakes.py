@@ -19,7 +19,7 @@ from inference_trio.protocol import TaskNotification, Usage
 from inference_trio.settings import Settings
 
 T = TypeVar("T")
-Receive = Callable[[list[Delta]], Awaitable[None]]
+Receive = Callable[[Delta], Awaitable[None]]
 Step = Callable[[Receive], Awaitable[None]]
 
 USAGE = Usage(input_tokens=10, output_tokens=5, total_tokens=15)
@@ -45,7 +45,8 @@ def tool(definition: dict[str, Any]) -> Tool:
 
 def deltas(*batch: Delta) -> Step:
     async def step(receive: Receive) -> None:
-        await receive(list(batch))
+        for delta in batch:
+            await receive(delta)
 
     return step
 

@@ -44,6 +44,7 @@ ORDER = (
     "tool_calls",
     "messages",
     "bridge",
+    "upstream_http",
     "sse",
     "upstream_errors",
     "chunks",

@@ -53,11 +53,9 @@ class Round:
     accumulator: RoundAccumulator = attrs.field(factory=RoundAccumulator)
     arrived: trio.Event = attrs.field(factory=trio.Event)
 
-    async def receive(self, batch: list[Delta]) -> None:
-        assert batch
-        self.deltas += batch
-        for delta in batch:
-            self.accumulator.add(delta)
+    async def receive(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        self.accumulator.add(delta)
         self.arrived.set()
 
     async def run(self, model: ChatModel, /, **request: Any) -> RoundFinished | ToolCallsRequested:
@@ -226,6 +224,9 @@ async def test_a_timeout_while_connecting_says_so() -> None:
 
 async def test_a_defect_of_ours_is_not_taken_for_the_providers() -> None:
     class Broken:
+        def needs_thread(self) -> bool:
+            return False
+
         def chunks(self, request: ModelRequest) -> Any:
             raise LookupError("a defect")
 

@@ -119,10 +119,9 @@ async def call(model: ChatModel, request: ModelRequest) -> tuple[list[Delta], Ro
     deltas: list[Delta] = []
     accumulator = RoundAccumulator()
 
-    async def receive(batch: list[Delta]) -> None:
-        deltas.extend(batch)
-        for delta in batch:
-            accumulator.add(delta)
+    async def receive(delta: Delta) -> None:
+        deltas.append(delta)
+        accumulator.add(delta)
 
     await model.stream(request, receive)
     return deltas, accumulator

@@ -77,13 +77,14 @@ async def test_text_streams_and_the_task_ends_completed() -> None:
     assert runner.ended.is_set()
 
 
-async def test_text_that_comes_together_is_told_together_and_in_order_with_reasoning() -> None:
-    batch = [Delta(reasoning="a"), Delta(reasoning="b"), Delta(text="c"), Delta(text="d"), Delta(reasoning="e")]
+async def test_text_and_reasoning_are_told_in_order() -> None:
+    batch = [Delta(reasoning="a"), Delta(text="b"), Delta(reasoning="c", text="d")]
     runner = await run([fakes.deltas(*batch), finish()])
     assert [(type(note), note.chunk) for note in runner.sink.notes[:-1]] == [
-        (ReasoningChunk, "ab"),
-        (TextChunk, "cd"),
-        (ReasoningChunk, "e"),
+        (ReasoningChunk, "a"),
+        (TextChunk, "b"),
+        (ReasoningChunk, "c"),
+        (TextChunk, "d"),
     ]
 
 
