@@ -34,9 +34,10 @@ import trio
 
 T = TypeVar("T")
 
-END_OF_BODY_GRACE = 0.1
+END_OF_BODY_GRACE = 1.0
 """Seconds for a body to end once nobody wants more of it. ``[DONE]`` ends the answer, but only a connection whose body
-was read to its end can be used again, and the few bytes that end it may come a little later."""
+was read to its end can be used again, and the few bytes that end it may come a little later, on a busy machine above
+all."""
 
 CLOSE_TIMEOUT = 1.0
 """Seconds for closing a response, which a cancel does not cut short. HTTP/1.1 waits for nothing then."""

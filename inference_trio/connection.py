@@ -5,7 +5,7 @@ writer is the only one that sends: first the answers to requests, then what the 
 cannot be given at once (`cancel` is answered when the tasks have ended) joins the queue when it is ready.
 
 Answers that a client does not read are bounded by no longer reading its requests. Two facts about Hypercorn shape
-the writer: sending on a closed connection returns without a checkpoint, so there is one before each send; and a
+the writer: sending may return without a checkpoint, so there is one between two sends; and a
 cancelled send can lose the news of a disconnect, so sending is never put in a cancel scope of its own.
 """
 
@@ -185,9 +185,11 @@ class Connection:
         while self._close_code is None:
             await self._awake.wait()
             self._awake = trio.Event()
-            while text := self._next():
-                await trio.lowlevel.checkpoint()
+            text = self._next()
+            while text:
                 await self.websocket.send(text)
+                if text := self._next():
+                    await trio.lowlevel.checkpoint()
         await self.websocket.close(self._close_code)
 
     def _next(self) -> str | None:

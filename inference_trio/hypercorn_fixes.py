@@ -29,6 +29,7 @@ of its own; a handler that raises closes with 1000, so it has to close with 1011
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -173,12 +174,23 @@ class BoundedTCPServer(TCPServer):
 
     async def _write(self, data: bytes) -> None:
         """Write, whole frames only, hence the shield; a peer that does not read would hold it for ever."""
+        if not self.send_lock.locked():
+            data = self._write_at_once(data)
+        if not data:
+            return
         async with self.send_lock:
             try:
                 with trio.fail_after(self._limits.write_timeout, shield=True):
                     await self.stream.send_all(data)
             except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
                 await trio.aclose_forcefully(self.stream)
+
+    def _write_at_once(self, data: bytes) -> bytes:
+        """What the socket does not take at once. Mostly that is nothing, and locks and time limits are not needed."""
+        if isinstance(self.stream, trio.SocketStream):
+            with suppress(OSError):  # it takes nothing, or is broken: the ordinary way finds out
+                return data[os.write(self.stream.socket.fileno(), data) :]
+        return data
 
     async def _linger(self) -> None:
         self._closing = True
