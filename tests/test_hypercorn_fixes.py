@@ -34,20 +34,16 @@ from quart.signals import websocket_received
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioWebsocket
 from trio.testing import MockClock, wait_all_tasks_blocked
-from wsproto.connection import Connection, ConnectionType
-from wsproto.events import BytesMessage, CloseConnection, Event, Message, Ping, TextMessage
+from wsproto.events import BytesMessage, CloseConnection, Message, Ping, TextMessage
 
 from inference_trio import hypercorn_fixes
 from inference_trio.hypercorn_fixes import BoundedWebsocket, ServerLimits, install
+from tests.sockets import HANDSHAKE, Client, connected, everything
 
 MEGABYTE = 2**20
 HOUR = 3600
 LIMITS = ServerLimits(max_message_bytes=1000)
 BURST = 100  # messages: more than all queues together hold
-HANDSHAKE = (
-    b"GET %s HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n%s\r\n"
-)
 POST = b"POST /length HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
 UNBOUNDED_QUART = hasattr(TrioWebsocket, "buffer_class")  # Quart-Trio 0.13, which buffers without a bound
 
@@ -124,66 +120,9 @@ async def serving(app: ToyApp, **settings: object) -> AsyncIterator[int]:
         nursery.cancel_scope.cancel()
 
 
-@attrs.frozen
-class Client:
-    """A WebSocket client that does nothing by itself. ``head`` is the server's answer to the handshake."""
-
-    stream: trio.SocketStream
-    head: bytes
-    connection: Connection
-
-    async def send(self, event: Event) -> None:
-        await self.stream.send_all(self.connection.send(event))
-
-    async def next(self, *kinds: type[Event]) -> Event | None:
-        """The next event of these kinds, or else the close; ``None`` when the server has closed the socket."""
-        with trio.fail_after(10):
-            while True:
-                for event in self.connection.events():
-                    if isinstance(event, (*kinds, CloseConnection)):
-                        return event
-                data = await self.stream.receive_some()
-                if not data:
-                    return None
-                self.connection.receive_data(data)
-
-    async def message(self) -> str:
-        """The next message, which is text."""
-        event = await self.next(Message)
-        assert isinstance(event, TextMessage)
-        return event.data
-
-    async def close_code(self) -> int:
-        """The code of the close that comes next."""
-        event = await self.next()
-        assert isinstance(event, CloseConnection)
-        return event.code
-
-    async def end_of_file(self) -> None:
-        """The server closes the socket and says nothing before."""
-        assert await self.next(Message) is None
-
-    async def burst(self) -> None:
-        """Send many messages at once, in what the server reads as one piece."""
-        await self.stream.send_all(b"".join(self.connection.send(TextMessage(data="x")) for _ in range(BURST)))
-
-
-@asynccontextmanager
-async def connected(port: int, path: bytes = b"/echo", headers: bytes = b"") -> AsyncIterator[Client]:
-    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-        await stream.send_all(HANDSHAKE % (path, headers))
-        received = bytearray()
-        with trio.fail_after(10):
-            while b"\r\n\r\n" not in received:
-                received += await stream.receive_some() or pytest.fail(f"no handshake: {bytes(received)!r}")
-        head, _, rest = bytes(received).partition(b"\r\n\r\n")
-        yield Client(stream, head, Connection(ConnectionType.CLIENT, trailing_data=rest))
-
-
-async def everything(stream: trio.SocketStream) -> bytes:
-    """What comes until the server closes the socket."""
-    with trio.fail_after(10):
-        return b"".join([chunk async for chunk in stream])
+async def burst(client: Client) -> None:
+    """Send many messages at once, in what the server reads as one piece."""
+    await client.stream.send_all(b"".join(client.connection.send(TextMessage(data="x")) for _ in range(BURST)))
 
 
 # A peer that does not read, or says nothing
@@ -417,7 +356,7 @@ async def test_an_application_that_does_not_read_is_cancelled_in_time(clock: Moc
     install(LIMITS)
     app = ToyApp()
     async with serving(app) as port, connected(port, b"/deaf") as client:
-        await client.burst()
+        await burst(client)
         await blocked(app)
         clock.jump(LIMITS.pong_timeout)
         await wait_all_tasks_blocked()
@@ -448,7 +387,7 @@ async def taken_for_a_deaf_handler(app: ToyApp) -> int:
 
     with websocket_received.connected_to(take):
         async with serving(app) as port, connected(port, b"/deaf") as client:
-            await client.burst()
+            await burst(client)
             await blocked(app)
             return len(taken)
 
@@ -457,7 +396,7 @@ async def test_a_handler_that_returns_ends_the_connection_although_messages_wait
     install(LIMITS)
     app = ToyApp()
     async with serving(app) as port, connected(port, b"/deaf") as client:
-        await client.burst()
+        await burst(client)
         await blocked(app)
         app.leave.set()
         assert await client.close_code() == 1000
@@ -467,7 +406,7 @@ async def test_a_handler_that_returns_ends_the_connection_although_messages_wait
 async def test_without_it_the_connection_stays(clock: MockClock) -> None:
     app = ToyApp()
     async with serving(app) as port, connected(port, b"/deaf") as client:
-        await client.burst()
+        await burst(client)
         await blocked(app)
         app.leave.set()
         assert await client.close_code() == 1000
