@@ -1,7 +1,7 @@
 """JavaScript as the tests run it: a module in Node beside the server, and tools from npm.
 
 Node and npm are not everywhere; what needs them is skipped there, with a line that says so. Where
-``INFERENCE_TESTS_NEED_EVERYTHING`` is set, as in CI, it fails instead.
+``TESTS_NEED_EVERYTHING`` is set, as in CI, it fails instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROJECT = Path(__file__).parent / "web"
 """A package of npm: what the tests take from there, in exact versions."""
 
 NODE = shutil.which("node")
-STRICT = "INFERENCE_TESTS_NEED_EVERYTHING"
+STRICT = "TESTS_NEED_EVERYTHING"
 
 
 def without(what: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import attrs
 import pytest
 import trio
-import trio.testing
 
 from inference_trio.variables import Secret
 from tests import answers
 from tests.harness import Server, open_server, settings
-from tests.javascript import NODE, WEB, Script, node, node_modules, without
+from tests.javascript import NODE, Script, node, node_modules, without
 from tests.upstream import Request, Upstream, open_upstream
 
 pytestmark = [] if NODE else [pytest.mark.skip(reason="NOT TESTED: Node is not here")]
@@ -256,32 +254,21 @@ async def test_a_tool_is_told_when_nobody_waits_for_it(tmp_path: Path) -> None:
 
 # Cancelling
 
-CANCELLED_BY = {
-    "cancel": "await hear(); await generation.cancel();",
-    "signal": "await hear(); controller.abort();",
-    "break": "for await (const event of generation) if (event.type === 'text') break;",
-}
 
-
-@pytest.mark.parametrize("way", CANCELLED_BY)
+@pytest.mark.parametrize("way", ["await generation.cancel()", "controller.abort()", "break"])
 async def test_cancelling_ends_it_at_the_provider_and_keeps_the_text(way: str, tmp_path: Path) -> None:
     source = f"""
     const session = await createSession(url);
     const controller = new AbortController();
     const generation = session.generate("hi", {{ signal: controller.signal }});
-    {CANCELLED_BY[way]}
+    for await (const event of generation) if (event.type === "text") {{ {way}; }}
     const result = await generation.result;
     say([result.status, result.text, session.history.length]);
     session.close();
     """
     async with running(source, tmp_path, [answers.text("Hel"), answers.hang()]) as it:
         request = await it.upstream.wait_for_requests(1)
-        if way != "break":
-            await trio.testing.wait_all_tasks_blocked(0.05)
-            await it.say("go")
-        status, text, turns = await it.hear()
-        assert status == "cancelled"
-        assert (text, turns) in [("Hel", 2), ("", 0)] if way != "break" else [("Hel", 2)]
+        assert await it.hear() == ["cancelled", "Hel", 2]
         await request.closed.wait()
 
 
@@ -419,14 +406,13 @@ async def test_the_break_and_the_resumption_are_events(tmp_path: Path) -> None:
     const types = [];
     for await (const event of session.generate("hi")) {
       types.push(event.type === "resumed" ? [event.type, event.gap] : event.type);
-      if (event.type === "text" && types.length === 1) { session.reconnect(); await hear(); }
+      if (types.length === 1) { session.reconnect(); say("cut"); }
     }
     session.close();
     say([types, statuses]);
     """
     async with running(source, tmp_path, [answers.text("Hel"), answers.pause("go on"), answers.reply("lo")]) as it:
-        await it.upstream.wait_for_requests(1)
-        await it.say("go on")
+        assert await it.hear() == "cut"
         it.upstream.gate("go on").set()
         types, statuses = await it.hear()
         assert [kind for kind in types if kind != "text"] == ["disconnected", ["resumed", False], "end"]
@@ -438,8 +424,7 @@ async def test_a_gap_is_announced_and_the_result_is_whole(tmp_path: Path) -> Non
     class Deaf extends WebSocket {  // does not hear what it would have to acknowledge by `after`
       addEventListener(type, listener) {
         super.addEventListener(type, type !== "message" ? listener : (event) => {
-          if (Deaf.isDeaf && JSON.parse(event.data).method === "text_chunk") return;
-          listener(event);
+          if (Deaf.isDeaf && JSON.parse(event.data).method === "text_chunk") say("missed"); else listener(event);
         });
       }
     }
@@ -457,10 +442,9 @@ async def test_a_gap_is_announced_and_the_result_is_whole(tmp_path: Path) -> Non
     chunks = [(answers.pause(str(number)), answers.text("x" * 400)) for number in range(20)]
     script = [*chunks, answers.pause("end"), answers.reply()]
     async with running(source, tmp_path, script, outbox_bytes=4096) as it:
-        await it.upstream.wait_for_requests(1)
         for number in range(20):
             it.upstream.gate(str(number)).set()
-            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert await it.hear() == "missed"
         await it.say("reconnect")
         it.upstream.gate("end").set()
         gaps, heard = await it.hear()
@@ -502,12 +486,11 @@ async def test_a_message_that_is_too_big_fails_by_itself(tmp_path: Path) -> None
 
 async def test_another_server_in_its_place_gets_a_new_session(tmp_path: Path) -> None:
     source = """
-    let at;
-    class Moved extends WebSocket { constructor(url, ...rest) { super(url.replace(/127.0.0.1:[0-9]+/, at), ...rest); } }
-    at = new URL(url).host;
-    const fetched = globalThis.fetch;
-    globalThis.fetch = (target, ...rest) => fetched(String(target).replace(/127.0.0.1:[0-9]+/, at), ...rest);
-    const session = await createSession(url, { WebSocket: Moved, ...fast });
+    let at = new URL(url).host;
+    const moved = (target) => String(target).replace(/127.0.0.1:[0-9]+/, at);
+    class Moved extends WebSocket { constructor(target, protocols) { super(moved(target), protocols); } }
+    const options = { WebSocket: Moved, fetch: (target, init) => fetch(moved(target), init), ...fast };
+    const session = await createSession(url, options);
     say((await session.generate("one").result).text);
     const running = session.generate("two");
     at = await hear();
@@ -579,7 +562,7 @@ async def test_with_a_token_it_connects_and_resumes_by_tickets(tmp_path: Path) -
         assert await it.hear() == "Hello"
 
 
-# Types, and other classes of WebSocket
+# Other classes of WebSocket
 
 
 async def test_it_takes_the_class_of_the_package_ws(tmp_path: Path) -> None:
@@ -598,29 +581,3 @@ async def test_it_takes_the_class_of_the_package_ws(tmp_path: Path) -> None:
     async with running(source, tmp_path, HELLO, HELLO) as it:
         assert "`WebSocket`" in (await it.hear())["message"]
         assert [await it.hear(), await it.hear()] == ["Hello", "Hello"]
-
-
-USE = """
-import { createSession, InferenceError } from "./client.js";
-const look = { name: "look", run: async ({ at }: any, { signal }: { signal: AbortSignal }) => [at, signal] };
-const session = await createSession("/", { tools: [look] });
-for await (const event of session.generate("hi", { temperature: 0, logit_bias: { a: 1 } })) {
-  if (event.type === "text") event.text.trim();
-  if (event.type === "end") event.usage?.output_tokens.toFixed();
-  // @ts-expect-error
-  if (event.type === "nonesuch") throw new InferenceError("x", 1);
-}
-// @ts-expect-error
-session.generate("hi", { temperature: "hot" });
-"""
-
-
-@pytest.mark.parametrize(("change", "is_right"), [(("", ""), True), (("event.text.trim()", "event.chunk"), False)])
-def test_its_types_pass_the_strict_compiler(change: tuple[str, str], is_right: bool, tmp_path: Path) -> None:
-    modules = node_modules() or without("npm")
-    (tmp_path / "client.js").write_text((WEB / "client.js").read_text())
-    (tmp_path / "use.ts").write_text(USE.replace(*change))
-    options = ["--strict", "--checkJs", "--allowJs", "--noEmit", "--target", "es2022", "--module", "es2022"]
-    command = [str(modules / ".bin" / "tsc"), *options, "--types", "", "use.ts"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert (ended.returncode == 0) == is_right, ended.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,10 +10,15 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+import trio
+
 from inference_trio.settings import Settings
-from tests.harness import KEY
+from tests import answers
+from tests.harness import KEY, PATIENCE, open_server, settings
+from tests.javascript import NODE, WEB, without
 from tests.test_local_model import needs_model
 from tests.test_main import SERVE, running
+from tests.upstream import open_upstream
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -55,20 +61,31 @@ def example(language: str, host: str) -> str:
 
 
 @needs_model
-def test_the_clients_of_the_readme_print_a_generation(tmp_path: Path) -> None:
+def test_the_client_of_the_readme_prints_a_generation(tmp_path: Path) -> None:
     with running(SERVE, tmp_path, LLM_PROVIDER="local") as (_, url):
         host = url.removeprefix("http://")
-        commands = {"python": [sys.executable, "-W", "error", "-c", example("python", host)]}
-        if node := shutil.which("node"):
-            script = tmp_path / "client.mjs"
-            script.write_text(example("javascript", host))
-            commands["javascript"] = [node, "--experimental-websocket", str(script)]
-        for language, command in commands.items():
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-            assert ended.returncode == 0, ended.stderr
-            text, usage = ended.stdout.rsplit("\n", 2)[:2]
-            assert len(text) > 10, language
-            assert "output_tokens" in usage
+        command = [sys.executable, "-W", "error", "-c", example("python", host)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0, ended.stderr
+        text, usage = ended.stdout.rsplit("\n", 2)[:2]
+        assert len(text) > 10
+        assert "output_tokens" in usage
+
+
+async def test_the_function_of_the_readme_is_called_in_javascript(tmp_path: Path) -> None:
+    call = answers.calls(answers.tool_call(0, "c1", "get_weather", {"city": "Paris"}))
+    async with (
+        open_upstream(call, answers.reply("Take one.")) as upstream,
+        open_server(settings(upstream.base_url)) as server,
+    ):
+        shutil.copy(WEB / "client.js", tmp_path)
+        script = trio.Path(tmp_path / "app.mjs")
+        await script.write_text(example("javascript", server.url.removeprefix("http://")))
+        command = [NODE or without("Node"), "--experimental-websocket", "--no-warnings", str(script)]
+        with trio.fail_after(PATIENCE):
+            ended = await trio.run_process(command, capture_stdout=True)
+        assert ended.stdout == b"Take one."
+        assert json.loads(upstream.requests[1].messages[-1]["content"])["sky"] == "rain"
 
 
 if __name__ == "__main__":  # writes the table anew

@@ -45,6 +45,7 @@
  * @typedef {object} SessionOptions
  * @property {Tool[]} [tools] for all generations of the session
  * @property {string} [token] where the server asks for one; it goes into HTTP headers only, never into a URL
+ * @property {typeof fetch} [fetch] in place of the global one, for instance to have a backend of your own add the token
  * @property {number} [giveUpAfter] milliseconds without a connection after which running generations fail (120,000)
  * @property {(attempt: number) => number} [backoff] milliseconds before the attempt, from 0, to connect again
  * @property {new (url: string, protocols: string[]) => WebSocketLike} [WebSocket] where there is no global one: Node 20
@@ -226,7 +227,7 @@ class Task {
     this.tools = tools;
     this.ended = ended;
     /** @type {Promise<Result>} */
-    this.result = new Promise((resolve, reject) => [this.#resolve, this.#reject] = [resolve, reject]);
+    this.result = new Promise((resolve, reject) => ([this.#resolve, this.#reject] = [resolve, reject]));
     this.result.catch(() => {}); // whoever only iterates is told there
   }
 
@@ -237,7 +238,9 @@ class Task {
   /** @returns {Promise<IteratorResult<GenerationEvent, undefined>>} */
   async next() {
     while (this.#events.length === 0 && !this.isOver) {
-      await new Promise((resolve) => { this.#wake = () => resolve(null); });
+      await new Promise((resolve) => {
+        this.#wake = () => resolve(null);
+      });
     }
     const event = this.#events.shift();
     if (event) return { done: false, value: event };
@@ -442,7 +445,7 @@ export class Session {
     const url = new URL(path, this.#url);
     let response;
     try {
-      response = await fetch(url, {
+      response = await (this.#options.fetch ?? fetch)(url, {
         method: "POST",
         headers: { "Content-Type": "application/json", ...(token && { Authorization: `Bearer ${token}` }) },
         body: JSON.stringify(body),
@@ -487,6 +490,7 @@ export class Session {
   /** @param {number} code */
   #disconnected(code) {
     const calls = [...this.#calls.values()];
+    const wasOpen = this.#isReady || this.#replay !== null;
     this.#calls.clear();
     this.#socket = this.#replay = null;
     this.#isReady = false;
@@ -495,7 +499,7 @@ export class Session {
       const largest = calls.reduce((a, b) => (a.size < b.size ? b : a));
       largest.refused(new InferenceError(`The server takes no message of ${largest.size} characters`, "too_big"));
     }
-    for (const task of this.#tasks.values()) task.emit({ type: "disconnected" });
+    if (wasOpen) for (const task of this.#tasks.values()) task.emit({ type: "disconnected" });
   }
 
   /** Sleeps so many milliseconds, or until `reconnect` or `close`. @param {number} time @returns {Promise<void>} */
@@ -554,7 +558,7 @@ export class Session {
   /** @param {any} frame */
   #answered({ id, result, error }) {
     // An error without an id is about a frame that the server could not read. It reads them in order.
-    const [key, call] = id === null ? [...this.#calls][0] ?? [] : [id, this.#calls.get(id)];
+    const [key, call] = id === null ? ([...this.#calls][0] ?? []) : [id, this.#calls.get(id)];
     this.#calls.delete(key);
     this.#progressed = true;
     if (error) call?.refused(new InferenceError(error.message, error.code, error.data));
@@ -656,11 +660,16 @@ export class Session {
     const [task] = this.#queue;
     if (!this.#isReady || !task || task.asked) return;
     task.asked = true;
-    this.#call("generate", task.params, ({ task_id }) => this.#adopt(task_id), (error) => {
-      this.#remove(task);
-      task.fail(error);
-      this.#ask();
-    });
+    this.#call(
+      "generate",
+      task.params,
+      ({ task_id }) => this.#adopt(task_id),
+      (error) => {
+        this.#remove(task);
+        task.fail(error);
+        this.#ask();
+      },
+    );
   }
 
   /** @param {Task} task */
@@ -708,11 +717,16 @@ export class Session {
     const answer = task.calls.get(id);
     if (!answer || !this.#isReady) return;
     const params = { task_id: task.id, results: [{ tool_call_id: id, ...answer }] };
-    this.#call("tool_result", params, () => task.calls.delete(id), (error) => {
-      if (answer.is_error || error.code === NO_SUCH_TASK || !task.calls.has(id)) return;
-      task.calls.set(id, failure(`The result cannot be sent: ${error.message}`));
-      this.#give(task, id);
-    });
+    this.#call(
+      "tool_result",
+      params,
+      () => task.calls.delete(id),
+      (error) => {
+        if (answer.is_error || error.code === NO_SUCH_TASK || !task.calls.has(id)) return;
+        task.calls.set(id, failure(`The result cannot be sent: ${error.message}`));
+        this.#give(task, id);
+      },
+    );
   }
 
   /**
@@ -778,12 +792,14 @@ function failure(message) {
  */
 function parameters(message, { system, tools, signal, history = [], ...given }) {
   const instruction = system ? [{ role: "system", content: system }] : [];
-  return JSON.parse(JSON.stringify({
-    ...given,
-    history: [...instruction, ...history],
-    ...(message !== null && { message }),
-    ...(tools && { tools: tools.map(declaration) }),
-  }));
+  return JSON.parse(
+    JSON.stringify({
+      ...given,
+      history: [...instruction, ...history],
+      ...(message !== null && { message }),
+      ...(tools && { tools: tools.map(declaration) }),
+    }),
+  );
 }
 
 /** The same error for one more generation, with a stack and data of its own. @param {InferenceError} error */
@@ -798,5 +814,5 @@ function refusalOf(status, error, isOfSession) {
   if (status === 401) return new InferenceError(message, "unauthorized", data);
   if (status === 404 && isOfSession) return new InferenceError(message, "session_gone", data);
   const isOfProxy = error.code === undefined && [502, 503, 504].includes(status);
-  return new InferenceError(message, isOfProxy ? "unreachable" : error.code ?? "refused", data);
+  return new InferenceError(message, isOfProxy ? "unreachable" : (error.code ?? "refused"), data);
 }

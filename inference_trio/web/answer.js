@@ -1,0 +1,284 @@
+/** One answer on the page: what a generation does, as it does it. */
+
+import { copyButton, h, icon } from "./dom.js";
+import { StreamingMarkdown } from "./markdown.js";
+
+/**
+ * @typedef {import("./client.js").Generation} Generation
+ * @typedef {import("./client.js").GenerationEvent} GenerationEvent
+ * @typedef {import("./client.js").ToolCall} ToolCall
+ * @typedef {import("./client.js").InferenceError} InferenceError
+ * @typedef {import("./client.js").Result} Result
+ */
+
+const HINTS = /** @type {{ [code: string]: string }} */ ({
+  taken_over: "This conversation goes on in another window. Start a new one here.",
+  session_gone: "The server was started anew, or had forgotten the conversation. Send the message again.",
+  unauthorized: "The server does not know this token.",
+});
+
+/** What `change` is told: something was added that may have to be scrolled to. */
+export class Answer {
+  /** The result, once there is one. @type {Result | null} */
+  result = null;
+  element;
+  #change;
+  #icons;
+  #startedAt = performance.now();
+  /** @type {number | null} */
+  #firstAt = null;
+  /**
+   * What is being written: prose or thoughts.
+   * @type {{ type: string, append: (text: string) => void, close: () => void } | null}
+   */
+  #writing = null;
+  /** @type {Map<string, Call>} */
+  #calls = new Map();
+  #waiting = h("div", { class: "waiting", role: "img", "aria-label": "Waiting for the model" }, h("i"), h("i"), h("i"));
+
+  /** @param {() => void} change @param {(name: string) => string} icons the icon of a tool */
+  constructor(change, icons) {
+    this.#change = change;
+    this.#icons = icons;
+    this.element = h(
+      "article",
+      { class: "answer is-streaming", "aria-busy": "true", "aria-label": "Answer" },
+      this.#waiting,
+    );
+  }
+
+  /** Shows the generation to its end. Never raises. @param {Generation} generation */
+  async follow(generation) {
+    try {
+      for await (const event of generation) this.#show(event);
+      this.result = await generation.result;
+      this.#end(this.result.status, this.result.text, this.result.usage);
+    } catch (error) {
+      this.#fail(/** @type {InferenceError} */ (error), generation.text);
+    }
+    this.element.classList.remove("is-streaming");
+    this.element.removeAttribute("aria-busy");
+    this.#change();
+  }
+
+  /** @param {GenerationEvent} event */
+  #show(event) {
+    if (event.type === "text" || event.type === "reasoning" || event.type === "toolCall") {
+      this.#firstAt ??= performance.now();
+      this.#waiting.remove();
+    }
+    if (event.type === "text" || event.type === "reasoning") {
+      if (this.#writing?.type !== event.type) this.#open(event.type);
+      this.#writing?.append(event.text);
+      return;
+    }
+    if (event.type === "end") return;
+    this.#close();
+    if (event.type === "toolCall") this.#call(event);
+    if (event.type === "toolResult") {
+      this.#calls.get(event.id)?.answered(event);
+      this.element.append(this.#waiting);
+    }
+    if (event.type === "disconnected") this.#add(h("p", { class: "event" }, "The line is cut"));
+    if (event.type === "resumed") {
+      const kept = event.gap
+        ? "Resumed; a part of it is no longer kept"
+        : "Resumed where it was: nothing lost, nothing twice";
+      this.#add(h("p", { class: event.gap ? "event" : "event good" }, kept));
+    }
+    this.#change();
+  }
+
+  /** @param {"text" | "reasoning"} type */
+  #open(type) {
+    this.#close();
+    this.#writing = type === "text" ? this.#prose() : this.#thoughts();
+  }
+
+  #close() {
+    this.#writing?.close();
+    this.#writing = null;
+  }
+
+  #prose() {
+    const prose = this.#add(h("div", { class: "prose" }));
+    const markdown = new StreamingMarkdown(prose, this.#change);
+    return {
+      type: "text",
+      append: (/** @type {string} */ text) => markdown.append(text),
+      close: () => markdown.flush(),
+    };
+  }
+
+  #thoughts() {
+    const since = performance.now();
+    const thoughts = h("div", { class: "thoughts" });
+    const title = h("span", {}, "Reasoning …");
+    this.#add(
+      h(
+        "details",
+        { class: "reasoning" },
+        h("summary", {}, icon("thought"), title, icon("chevron", "chevron")),
+        thoughts,
+      ),
+    );
+    return {
+      type: "reasoning",
+      append: (/** @type {string} */ text) => thoughts.append(text),
+      close: () => {
+        title.textContent = `Reasoning, ${seconds(performance.now() - since)}`;
+      },
+    };
+  }
+
+  /** @param {ToolCall} event */
+  #call(event) {
+    const call = new Call(event, this.#icons(event.name));
+    this.#calls.set(event.id, call);
+    this.#add(call.element);
+    call.focus();
+  }
+
+  /** @template {HTMLElement} T @param {T} element @returns {T} */
+  #add(element) {
+    if (this.#waiting.isConnected) this.#waiting.before(element);
+    else this.element.append(element);
+    return element;
+  }
+
+  /** @param {string} status @param {string} text @param {Result["usage"]} usage */
+  #end(status, text, usage) {
+    this.#close();
+    this.#waiting.remove();
+    for (const call of this.#calls.values()) call.ended();
+    const now = performance.now();
+    const words = [h("span", { class: "status", "data-status": status }, status.replace("_", " "))];
+    if (this.#firstAt !== null) words.push(h("span", {}, `first token ${seconds(this.#firstAt - this.#startedAt)}`));
+    if (usage) {
+      words.push(
+        h("span", { title: "tokens read and written" }, `${usage.input_tokens} in, ${usage.output_tokens} out`),
+      );
+      const rate = usage.output_tokens / ((now - (this.#firstAt ?? now)) / 1_000);
+      if (Number.isFinite(rate) && usage.output_tokens > 5) words.push(h("span", {}, `${rate.toFixed(0)} tokens/s`));
+    }
+    words.push(h("span", {}, `${seconds(now - this.#startedAt)} in all`));
+    if (text)
+      words.push(
+        h(
+          "span",
+          { class: "end" },
+          copyButton(() => text),
+        ),
+      );
+    this.element.append(h("footer", { class: "meta" }, ...words));
+  }
+
+  /** @param {InferenceError} error @param {string} text */
+  #fail(error, text) {
+    this.#close();
+    this.#waiting.remove();
+    const code = h("code", {}, `${error.code ?? error.name}`);
+    const more = [error.data?.provider_message, HINTS[error.code]].filter(Boolean).map((words) => ` ${words}`);
+    this.element.append(h("p", { class: "failure", role: "alert" }, h("b", {}, `${error.message} `), code, ...more));
+    this.#end("failed", text, null);
+  }
+}
+
+/** A tool call as a card. */
+class Call {
+  element;
+  #event;
+  #state = h("span", { class: "state" });
+  #body;
+  #byHand;
+
+  /** @param {ToolCall} event @param {string} picture the tool's icon */
+  constructor(event, picture) {
+    this.#event = event;
+    this.#byHand = picture === "hand" ? this.#form() : null;
+    this.#body = h(
+      "div",
+      { class: "body" },
+      h("span", { class: "label" }, "Arguments"),
+      h("pre", {}, pretty(event.arguments)),
+    );
+    if (this.#byHand) this.#body.append(this.#byHand);
+    const name = h("span", { class: "name" }, event.name);
+    const summary = h("summary", {}, icon(picture), name, this.#state, icon("chevron", "chevron"));
+    this.element = h("details", { class: "call", open: true }, summary, this.#body);
+    this.#set(this.#byHand ? "asked" : "running", this.#byHand ? "waits for you" : "running");
+  }
+
+  focus() {
+    this.#byHand?.querySelector("textarea")?.focus();
+  }
+
+  /** @param {{ result?: unknown, error?: string }} given */
+  answered({ result, error }) {
+    this.#byHand?.remove();
+    this.#body.append(
+      h("span", { class: "label" }, error === undefined ? "Result" : "Error"),
+      h("pre", {}, error ?? pretty(result)),
+    );
+    this.#set(error === undefined ? "done" : "failed", error === undefined ? "answered" : "failed");
+  }
+
+  /** The generation has ended. */
+  ended() {
+    if (this.element.dataset.state === "done" || this.element.dataset.state === "failed") return;
+    this.#byHand?.remove();
+    this.#set("failed", "not answered");
+  }
+
+  /** @param {string} state @param {string} words */
+  #set(state, words) {
+    this.element.dataset.state = state;
+    this.#state.textContent = words;
+  }
+
+  #form() {
+    const input = h("textarea", {
+      rows: 2,
+      class: "code-input",
+      placeholder: '{"temperature": 21} or any text',
+      spellcheck: false,
+    });
+    const answer = (/** @type {Event} */ event) => {
+      event.preventDefault();
+      this.#event.respond(parsed(input.value));
+    };
+    const fail = () => this.#event.fail(input.value || "The tool failed");
+    return h(
+      "form",
+      { class: "by-hand", submit: answer },
+      h("label", { class: "field" }, h("span", {}, "Your answer ", h("small", {}, "JSON or text")), input),
+      h(
+        "div",
+        { class: "row" },
+        h("button", { type: "submit", class: "button small solid" }, "Answer"),
+        h("button", { type: "button", class: "button small", click: fail }, "Fail"),
+      ),
+    );
+  }
+}
+
+/** @param {string} text */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return text;
+  }
+}
+
+/** @param {unknown} value */
+function pretty(value) {
+  if (typeof value === "string") return value;
+  const short = JSON.stringify(value);
+  return short.length <= 60 ? short : JSON.stringify(value, null, 2);
+}
+
+/** @param {number} milliseconds */
+function seconds(milliseconds) {
+  return milliseconds < 1_000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1_000).toFixed(1)} s`;
+}
