@@ -1,0 +1,26 @@
+"""Values of the application as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from pydantic_core import to_json
+
+from .events import JsonObject
+
+
+def as_json(value: Any) -> msgspec.Raw:
+    """A value as it is now, whatever becomes of it: also dataclasses, pydantic's models, dates and the like.
+
+    Raises TypeError for what has no JSON.
+    """
+    try:
+        return msgspec.Raw(to_json(value, inf_nan_mode="null"))
+    except (ValueError, TypeError) as error:
+        raise TypeError(f"It cannot be written as JSON: {error}") from error
+
+
+def failure(message: str) -> JsonObject:
+    """The result of a tool that has failed."""
+    return {"is_error": True, "error_message": message.encode(errors="replace").decode()}
