@@ -50,7 +50,7 @@ from .protocol import Created, CreateSession, NewTicket
 from .runner import Model
 from .session import RETRY_AFTER, Session
 from .settings import Settings, environment_warnings
-from .store import SessionStore
+from .store import CLOSING_TIME, SessionStore
 
 T = TypeVar("T")
 
@@ -222,7 +222,8 @@ async def _closing(model: ChatModel) -> AsyncIterator[Model]:
     try:
         yield model
     finally:
-        await model.aclose()
+        with trio.move_on_after(CLOSING_TIME, shield=True):  # a cancelled one closes the first connection only
+            await model.aclose()
 
 
 @asynccontextmanager
