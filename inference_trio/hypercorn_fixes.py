@@ -59,7 +59,8 @@ LINGER = 5.0
 STOPPING_TIME = 0.5
 """Seconds that connections have to end by themselves when Hypercorn stops."""
 
-_worker_serve = hypercorn.trio.run.worker_serve
+plain_worker_serve = hypercorn.trio.run.worker_serve
+"""Hypercorn's own, for another app beside the one that it was started with."""
 
 QUEUED_MESSAGES = 4
 """Messages waiting for a handler in `BoundedWebsocket`."""
@@ -104,7 +105,7 @@ def install(
     and the stop, while all is still served.
     """
     for module in (hypercorn.trio, hypercorn.trio.run):
-        module.worker_serve = partial(_serve, before_start, before_stop) if before_stop else _worker_serve  # type: ignore[attr-defined]
+        module.worker_serve = partial(_serve, before_start, before_stop) if before_stop else plain_worker_serve  # type: ignore[attr-defined]
     hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits)  # type: ignore[assignment, attr-defined]
     for protocol in (hypercorn.protocol.h11, hypercorn.protocol.h2):
         protocol.WSStream = BoundedWSStream  # type: ignore[attr-defined]
@@ -129,7 +130,7 @@ async def _serve(
         await trigger()
         await before_stop()
 
-    await _worker_serve(app, config, shutdown_trigger=told_and_ready if trigger else None, **options)
+    await plain_worker_serve(app, config, shutdown_trigger=told_and_ready if trigger else None, **options)
 
 
 class BoundedTCPServer(TCPServer):

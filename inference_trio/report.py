@@ -8,7 +8,7 @@ Times are in seconds, all on the clock of whoever tells them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -83,6 +83,18 @@ class TaskReport:
     @property
     def retries(self) -> int:
         return sum(failure.is_retried for round_ in self.rounds for failure in round_.failures)
+
+
+@attrs.frozen(kw_only=True)
+class Census:
+    """What a process has of everything now. ``held_bytes`` are those of `outbox.Budget`."""
+
+    sessions: int
+    connections: int
+    tasks: Mapping[TaskState, int]
+    """Those that run, by their state; a state without any is there too."""
+    outbox_bytes: int
+    held_bytes: int
 
 
 class Observer(Protocol):

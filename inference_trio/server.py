@@ -45,6 +45,7 @@ from .errors import (
 from .hypercorn_fixes import BoundedWebsocket, ServerLimits, install
 from .jsonrpc import convert, encode, loads
 from .local_model import embedded_model, find_weights
+from .metrics import Metrics
 from .model import ChatModel, build_model
 from .protocol import Created, CreateSession, NewTicket
 from .runner import Model
@@ -89,6 +90,10 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     return app
 
 
+def _metrics(service: Service) -> Metrics:
+    return Metrics(lambda: service.store.census())
+
+
 @attrs.define(eq=False)
 class Service:
     """The routes, and what they need from start to end of serving."""
@@ -96,12 +101,15 @@ class Service:
     settings: Settings
     opening_model: AbstractAsyncContextManager[Model]
     access: Access
+    metrics: Metrics = attrs.field(default=attrs.Factory(_metrics, takes_self=True))
     _store: SessionStore | None = None
 
     def register(self, app: QuartTrio) -> None:
         async def start() -> None:
             model: Model = await app.nursery.start(_hold, self.opening_model)
-            self._store = SessionStore(self.settings, model, app.nursery)
+            self._store = SessionStore(self.settings, model, app.nursery, [self.metrics])
+            app.nursery.start_soon(self.metrics.watch_event_loop)
+            app.nursery.start_soon(self.metrics.serve)
 
         app.before_serving(start)
         app.post("/create_session")(self.create_session)
@@ -110,12 +118,19 @@ class Service:
         app.get("/readyz")(self.readyz)
         app.get("/openrpc.json")(self.openrpc)
         app.websocket("/ws/<session_id>")(self.connect)
+        if not self.settings.metrics_port:
+            app.get("/metrics")(self.show_metrics)
 
     def before_start(self, config: Config) -> None:
-        """Called with Hypercorn's configuration. Ends the process where it asks for what cannot work."""
+        """Called with Hypercorn's configuration. Ends the process where it asks for what cannot work.
+
+        Raises OSError where the port for the metrics cannot be had.
+        """
         if config.workers > 1:
             print(_SEVERAL_WORKERS.format(config.workers), file=sys.stderr)  # noqa: T201 (the app's line, see app.py)
             raise SystemExit(2)
+        if self.settings.metrics_port:
+            self.metrics.listen(self.settings.metrics_host, self.settings.metrics_port)
         self.warn_of_strangers([*config.bind, *config.insecure_bind])
 
     def warn_of_strangers(self, hosts: list[str]) -> None:
@@ -157,6 +172,10 @@ class Service:
     async def openrpc(self) -> Response:
         self._owner(request.headers)
         return _json(openrpc.document())
+
+    async def show_metrics(self) -> Response:
+        self._owner(request.headers)
+        return await self.metrics.respond()
 
     async def connect(self, session_id: str) -> None:
         socket = websocket._get_current_object()  # type: ignore[attr-defined]  # noqa: SLF001 (Werkzeug's proxies)

@@ -120,6 +120,11 @@ class Settings:
 
     drain_seconds: float = setting("INFERENCE_DRAIN_SECONDS", seconds(0), 30.0, "time for running tasks at shutdown")
 
+    metrics_port: int | None = setting(
+        "INFERENCE_METRICS_PORT", integer(1, 65535), None, "a port of its own for `/metrics`, without a token"
+    )
+    metrics_host: str = setting("INFERENCE_METRICS_HOST", printable, "127.0.0.1", "the address of that port")
+
     log_level: str = setting("INFERENCE_LOG_LEVEL", one_of(*_LOG_LEVELS), "INFO", "the least severity")
     log_file: Path | None = setting(  # noqa: RUF009 - an attrs field, with a Path for its default
         "INFERENCE_LOG_FILE", file_path, Path("inference_server.log"), "empty turns it off", empty_means_off=True

@@ -19,10 +19,11 @@ from .access import Owner
 from .errors import OverloadedError
 from .outbox import Budget, Outbox
 from .protocol import CreateSession, Draining
-from .report import Observer
+from .report import Census, Observer
 from .runner import Model
 from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Session
 from .settings import Settings
+from .task import TaskState
 
 SERVICE_RESTART = 1012
 """WebSocket close code for a server that stops (IANA's registry of close codes)."""
@@ -146,6 +147,20 @@ class SessionStore:
         self._replayable.pop(session.id, None)
         session.owner.sessions -= 1
         self.budget.used -= session.size + session.outbox.size
+
+    def census(self) -> Census:
+        sessions = self._sessions.values()
+        tasks = dict.fromkeys((TaskState.STREAMING, TaskState.AWAITING_TOOLS), 0)
+        for runner in (runner for session in sessions for runner in session.runners.values()):
+            if runner.task.state in tasks:  # it may have ended just now
+                tasks[runner.task.state] += 1
+        return Census(
+            sessions=len(self),
+            connections=sum(session.attached is not None for session in sessions),
+            tasks=tasks,
+            outbox_bytes=sum(session.outbox.size for session in sessions),
+            held_bytes=self.budget.used,
+        )
 
     async def drain(self) -> None:
         """Stops: refuses sessions and tasks, lets the running ones end in time, cancels the rest, and closes.

@@ -106,10 +106,10 @@ def boolean(text: str) -> bool:
     return word in {"true", "1", "yes", "on"}
 
 
-def integer(least: int = 1) -> Callable[[str], int]:
+def integer(least: int = 1, largest: int = _LARGEST_INTEGER) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= _LARGEST_INTEGER:
-            raise ValueError(f"a whole number from {least} to {_LARGEST_INTEGER}")
+        if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= largest:
+            raise ValueError(f"a whole number from {least} to {largest}")
         return int(text)
 
     return parse

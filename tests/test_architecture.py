@@ -69,6 +69,7 @@ ORDER = (
     "connection",
     "browsers",
     "hypercorn_fixes",
+    "metrics",
     "playground",
     "server",
     "app",
@@ -76,7 +77,18 @@ ORDER = (
 )
 """A module imports only from those above it."""
 
-FOREIGN = ("trio", "quart", "quart_trio", "hypercorn", "langchain", "langchain_core", "langchain_openai", "openai")
+FOREIGN = (
+    "trio",
+    "quart",
+    "quart_trio",
+    "hypercorn",
+    "langchain",
+    "langchain_core",
+    "langchain_openai",
+    "openai",
+    "prometheus_client",
+    "opentelemetry",
+)
 LONGEST = 350
 
 
