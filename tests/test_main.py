@@ -38,12 +38,18 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
     )
 
 
+def free_port() -> int:
+    """A port of the loopback address that nobody has just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @contextmanager
 def running(command: list[str], folder: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server's process and its address, once it is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     at = ["--port", port] if "serve" in command else ["--bind", f"127.0.0.1:{port}"]
     with (folder / "console").open("w+") as console:
         process = subprocess.Popen(
@@ -57,7 +63,7 @@ def running(command: list[str], folder: Path, **variables: str) -> Iterator[tupl
             process.wait()
 
 
-async def wait_until_ready(process: subprocess.Popen[str], url: str) -> None:
+async def wait_until_ready(process: subprocess.Popen[str] | trio.Process, url: str) -> None:
     with trio.fail_after(STARTS_WITHIN):
         async with httpx2.AsyncClient(verify=False) as http:
             while process.poll() is None:

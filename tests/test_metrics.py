@@ -19,7 +19,7 @@ from inference_trio.variables import Secret
 from tests import answers
 from tests.fakes import FakeModel, fail, finish, text, tool_call
 from tests.harness import KEY, PATIENCE, Server
-from tests.test_main import SERVE, run
+from tests.test_main import SERVE, free_port, run
 from tests.test_report import BROKE, BUSY, make_runner
 from tests.test_server import TOOL, serving
 
@@ -174,13 +174,6 @@ async def test_where_tokens_are_in_force_the_metrics_ask_for_one() -> None:
         response = await server.get("/metrics", headers={"Authorization": f"Bearer {token}"})
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 async def test_on_a_port_of_their_own_the_metrics_ask_for_none_and_are_all_there_is() -> None:

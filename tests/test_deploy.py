@@ -1,0 +1,284 @@
+"""The files under `deploy/`: nginx with TLS is run before two servers, the unit and the image are checked in pieces.
+
+A test is left out where its program is missing; `.ci/run` installs nginx.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import httpx2
+import pytest
+import trio
+import trio_websocket
+import trustme
+
+from tests import answers
+from tests.harness import KEY, PATIENCE, Client, Server, open_server, settings
+from tests.javascript import STRICT
+from tests.test_main import SERVE, environment, free_port, wait_until_ready
+from tests.test_metrics import scrape
+from tests.upstream import Upstream, open_upstream
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+needs_nginx = pytest.mark.skipif(NGINX is None and STRICT not in os.environ, reason="nginx is not installed")
+
+STREAMING = [answers.text("Hel"), answers.pause("go on"), answers.text("lo"), answers.finish(), answers.done()]
+
+MAIN = """
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ worker_connections 256; }}
+http {{
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/site.conf;
+}}
+"""
+
+
+@attrs.define(eq=False)
+class Front:
+    """nginx as its clients see it."""
+
+    port: int
+    tls: ssl.SSLContext
+    access_log: Path
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    @asynccontextmanager
+    async def http(self, from_address: str = "127.0.0.1") -> AsyncIterator[httpx2.AsyncClient]:
+        transport = httpx2.AsyncHTTPTransport(verify=self.tls, local_address=from_address)
+        async with httpx2.AsyncClient(base_url=self.url, transport=transport, timeout=PATIENCE) as http:
+            yield http
+
+    async def create_session(self, from_address: str = "127.0.0.1") -> str:
+        async with self.http(from_address) as http:
+            response = await http.post("/create_session")
+        assert response.status_code == 200, response.text
+        session_id: str = response.json()["session_id"]
+        return session_id
+
+    @asynccontextmanager
+    async def connect(self, session_id: str, from_address: str = "127.0.0.1") -> AsyncIterator[Client]:
+        plain = await trio.open_tcp_stream("127.0.0.1", self.port, local_address=from_address)
+        stream = trio.SSLStream(plain, self.tls, server_hostname="127.0.0.1", https_compatible=True)
+        async with trio.open_nursery() as nursery:
+            socket = await trio_websocket.wrap_client_stream(
+                nursery, stream, f"127.0.0.1:{self.port}", f"/ws/{session_id}"
+            )
+            yield Client(socket, session_id)
+            await socket.aclose()
+
+
+@asynccontextmanager
+async def fronted(folder: Path, urls: Sequence[str]) -> AsyncIterator[Front]:
+    """nginx with the project's file, where only addresses and paths are other ones."""
+    authority, port = trustme.CA(), free_port()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    for part in certificate.cert_chain_pems:
+        part.write_to_path(folder / "fullchain.pem", append=True)
+    site = (DEPLOY / "nginx.conf").read_text()
+    changes = {
+        "/etc/ssl/inference-trio/": f"{folder}/",
+        "/var/log/nginx/": f"{folder}/",
+        "listen 443 ssl;": f"listen 127.0.0.1:{port} ssl;",
+        "listen [::]:443 ssl;": "",
+        "127.0.0.1:8001": urls[0].removeprefix("http://"),
+        "127.0.0.1:8002": urls[1].removeprefix("http://"),
+    }
+    for ours, theirs in changes.items():
+        assert ours in site
+        site = site.replace(ours, theirs)
+    (folder / "site.conf").write_text(site)
+    (folder / "nginx.conf").write_text(MAIN.format(folder=folder))
+    tls = ssl.create_default_context()
+    authority.configure_trust(tls)
+    front = Front(port, tls, folder / "inference-trio.log")
+    command = [str(NGINX), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    async with started(command) as process:
+        await wait_until_answered(process, front)
+        yield front
+    assert not re.search(r"\[(emerg|alert|crit)\]", (folder / "error.log").read_text())
+
+
+@asynccontextmanager
+async def started(command: list[str], **options: Any) -> AsyncIterator[trio.Process]:
+    """A process that is told to end at the end."""
+    async with trio.open_nursery() as nursery:
+        process = await nursery.start(partial(trio.run_process, command, check=False, **options))
+        yield process
+        nursery.cancel_scope.cancel()
+
+
+async def wait_until_answered(process: trio.Process, front: Front) -> None:
+    with trio.fail_after(PATIENCE):
+        async with front.http() as http:
+            while process.poll() is None:
+                try:
+                    assert (await http.get("/healthz")).status_code in (200, 502)
+                except httpx2.TransportError:
+                    await trio.sleep(0.02)
+                else:
+                    return
+    raise AssertionError("nginx ended before it answered")
+
+
+@attrs.define(eq=False)
+class Deployment:
+    front: Front
+    servers: Sequence[Server]
+    upstream: Upstream
+
+
+@asynccontextmanager
+async def deployed(folder: Path, *script: Any, **changes: Any) -> AsyncIterator[Deployment]:
+    """nginx before two servers, which are in this process."""
+    async with (
+        open_upstream(*script) as upstream,
+        open_server(settings(upstream.base_url, **changes)) as one,
+        open_server(settings(upstream.base_url, **changes)) as two,
+        fronted(folder, [one.url, two.url]) as front,
+    ):
+        yield Deployment(front, [one, two], upstream)
+
+
+@asynccontextmanager
+async def server_process(folder: Path, upstream: Upstream) -> AsyncIterator[str]:
+    """The URL of ``inference-trio serve`` in a process of its own."""
+    await trio.Path(folder).mkdir()
+    port = str(free_port())
+    variables = {"LLM_BASE_URL": upstream.base_url, "DEEPSEEK_API_KEY": KEY, "INFERENCE_DRAIN_SECONDS": "0"}
+    options = {"cwd": folder, "env": environment(**variables), "stdout": subprocess.DEVNULL}
+    async with started([*SERVE, "--port", port], **options) as process:
+        await wait_until_ready(process, f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+
+
+# nginx
+
+
+@needs_nginx
+async def test_a_generation_streams_unbuffered_over_tls_from_one_of_two_processes(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(open_upstream(STREAMING))
+        urls = [await stack.enter_async_context(server_process(tmp_path / name, upstream)) for name in ("one", "two")]
+        front = await stack.enter_async_context(fronted(tmp_path, urls))
+        async with front.connect(await front.create_session()) as client:
+            await client.generate()
+            assert (await client.hear())["params"]["chunk"] == "Hel"
+            upstream.gate("go on").set()
+            *_, end = await client.until_end()
+            assert end["params"]["final_text"] == "Hello"
+
+
+@needs_nginx
+async def test_each_client_reaches_the_server_that_has_its_session(tmp_path: Path) -> None:
+    """In memory a session is known to one server, and nginx goes by the client's address."""
+    clients = [f"127.0.0.{number}" for number in range(2, 18)]
+    async with deployed(tmp_path, lambda _: answers.reply("x")) as it:
+        for address in clients:
+            async with it.front.connect(await it.front.create_session(address), address) as client:
+                assert (await client.ask_model())["status_message"] == "completed"
+        made = [(await scrape(server))["inference_sessions",] for server in it.servers]
+        assert sum(made) == len(clients)
+        assert min(made) > 0, "both are used"
+
+
+@needs_nginx
+async def test_new_sessions_go_to_the_server_that_is_left(tmp_path: Path) -> None:
+    async with (
+        open_upstream() as upstream,
+        open_server(settings(upstream.base_url)) as left,
+        fronted(tmp_path, [left.url, f"http://127.0.0.1:{free_port()}"]) as front,
+    ):
+        for number in range(2, 18):
+            await front.create_session(f"127.0.0.{number}")
+        assert (await scrape(left))["inference_sessions",] == 16
+
+
+@needs_nginx
+async def test_what_nginx_adds_and_what_it_keeps_back(tmp_path: Path) -> None:
+    async with deployed(tmp_path, lambda _: answers.reply("x")) as it, it.front.http() as http:
+        assert "max-age" in (await http.get("/healthz")).headers["strict-transport-security"]
+        assert (await http.get("/metrics")).status_code == 404
+        large = await http.post("/create_session", content=b" " * (4 * 1024 * 1024 + 1))
+        assert large.status_code == 413
+        for origin, status in ((it.front.url, 200), ("https://elsewhere.example", 403)):
+            response = await http.post("/create_session", headers={"Origin": origin})
+            assert response.status_code == status, "the server knows its own address behind nginx"
+
+
+@needs_nginx
+async def test_no_whole_id_of_a_session_is_in_the_access_log(tmp_path: Path) -> None:
+    async with deployed(tmp_path, lambda _: answers.reply("x")) as it, it.front.http() as http:
+        session_id = await it.front.create_session()
+        async with it.front.connect(session_id) as client:
+            await client.ask_model()
+        await http.post(f"/sessions/{session_id}/ticket")
+    logged = it.front.access_log.read_text()
+    assert session_id not in logged
+    assert f'"GET /ws/{session_id[:8]}" 101' in logged
+    assert f'"POST /sessions/{session_id[:8]}" 200' in logged
+
+
+# systemd, and the image
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    text = (DEPLOY / "inference-trio@.service").read_text()
+    program = "/opt/inference-trio/bin/inference-trio"
+    assert program in text
+    unit = tmp_path / "inference-trio@8001.service"
+    unit.write_text(text.replace(program, sys.executable))
+    command = ["systemd-analyze", "verify", "--man=no", str(unit)]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    complaints = [line for line in checked.stderr.splitlines() if "inference-trio" in line]
+    assert (checked.returncode, complaints) == (0, []), checked.stderr
+
+
+def healthcheck() -> list[str]:
+    found = re.search(r'CMD \["python", "-c", "(.*)"\]', (DEPLOY / "Containerfile").read_text())
+    assert found is not None
+    return [sys.executable, "-c", found[1]]
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+async def test_the_health_check_of_the_image_tells_whether_the_server_is_ready(is_ready: bool) -> None:
+    async with open_upstream() as upstream, open_server(settings(upstream.base_url)) as server:
+        *python, program = healthcheck()
+        url = server.url if is_ready else f"http://127.0.0.1:{free_port()}"
+        assert "http://127.0.0.1:8000" in program
+        command = [*python, program.replace("http://127.0.0.1:8000", url)]
+        with trio.fail_after(PATIENCE):
+            checked = await trio.run_process(command, capture_stderr=True, check=False)
+        assert (checked.returncode == 0) is is_ready
+
+
+def test_what_the_image_copies_is_there() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (DEPLOY / "Containerfile").read_text(), re.MULTILINE)
+    paths = [path for line in copied for path in line.split()]
+    assert paths
+    assert all((DEPLOY.parent / path).exists() for path in paths)
