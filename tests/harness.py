@@ -97,6 +97,10 @@ class Server:
     _http: httpx2.AsyncClient
     shutdown: trio.Event
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
     async def post(self, path: str = "/create_session", **options: Any) -> httpx2.Response:
         return await self._http.post(path, **options)
 

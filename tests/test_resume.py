@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,9 +10,9 @@ import attrs
 import pytest
 
 from tests import answers
-from tests.harness import Server, open_server, settings
+from tests.harness import open_server, settings
 from tests.proxy import Direction, Fate, How, Proxy, open_proxy
-from tests.transcripts import Transcript
+from tests.transcripts import Transcript, check_that_no_number_had_two_meanings
 from tests.upstream import Upstream, open_upstream
 
 TOOLS = [{"name": "weather", "parameters": {"type": "object"}}, {"name": "time", "parameters": {"type": "object"}}]
@@ -78,7 +77,7 @@ async def scene(*fates: Fate, **changes: Any) -> AsyncIterator[Scene]:
     async with (
         open_upstream(*ROUNDS) as upstream,
         open_server(settings(upstream.base_url, **changes)) as server,
-        open_proxy(_port(server), given) as proxy,
+        open_proxy(server.port, given) as proxy,
     ):
         transcript = Transcript(await server.create_session(tools=TOOLS), proxy)
         built = Scene(upstream, proxy, transcript)
@@ -86,21 +85,9 @@ async def scene(*fates: Fate, **changes: Any) -> AsyncIterator[Scene]:
         yield built
 
 
-def _port(server: Server) -> int:
-    return int(server.url.rpartition(":")[2])
-
-
 def content(note: Any) -> tuple[str, Any]:
     params = note["params"]
     return note["method"], params.get("chunk") or params.get("parameters") or params.get("final_text")
-
-
-def check_that_no_number_had_two_meanings(proxy: Proxy) -> None:
-    """Over all lines, with what was sent and never got through."""
-    meanings: dict[int, Any] = {}
-    for frame in itertools.chain.from_iterable(line.said["down"] for line in proxy.lines):
-        if seq := frame.get("params", {}).get("seq"):
-            assert meanings.setdefault(seq, frame) == frame
 
 
 async def test_an_uncut_connection_carries_what_the_walk_below_cuts() -> None:

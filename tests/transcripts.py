@@ -7,6 +7,7 @@ what the server says in ``resumed`` and by the replay, before anything more is s
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -133,6 +134,14 @@ class Transcript:
             finally:
                 stream.socket.close()
                 nursery.cancel_scope.cancel()
+
+
+def check_that_no_number_had_two_meanings(proxy: Proxy) -> None:
+    """Over all lines, with what was sent and never got through."""
+    meanings: dict[int, Any] = {}
+    for frame in itertools.chain.from_iterable(line.said["down"] for line in proxy.lines):
+        if seq := frame.get("params", {}).get("seq"):
+            assert meanings.setdefault(seq, frame) == frame
 
 
 async def _hang_up(line: Line, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
