@@ -3,7 +3,8 @@
  * text is set as text. So whatever a model writes, no element, attribute or address comes to be that is not below.
  *
  * Appending is cheap: only the last blocks are lexed and made again, at most once a frame, and then not before four
- * times the time has passed that this took. So a single block that grows long does not take the page's time either.
+ * times the time has passed that this took, layout included. So a single block that grows long does not take all of
+ * the page's time either.
  */
 
 import { Lexer } from "./vendor/marked.js";
@@ -32,7 +33,7 @@ export class StreamingMarkdown {
   #cost = 0;
   #rendered = () => {};
 
-  /** @param {HTMLElement} target @param {() => void} [rendered] called after each change */
+  /** @param {HTMLElement} target @param {() => void} [rendered] called after each change; its time counts too */
   constructor(target, rendered = () => {}) {
     this.#target = target;
     this.#rendered = rendered;
@@ -56,8 +57,8 @@ export class StreamingMarkdown {
     this.#target.append(...nodes.flat());
     this.#tailNodes = nodes.slice(done).flat();
     this.#tail = this.#tail.slice(blocks[done]?.at ?? 0);
-    this.#cost = performance.now() - started;
     this.#rendered();
+    this.#cost = performance.now() - started;
   }
 }
 
