@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from inference_trio.variables import Secret
 from tests import answers
 from tests.harness import Server, open_server, settings
 from tests.javascript import NODE, Script, node, node_modules, without
+from tests.proxy import Direction, Fate, How, open_proxy
 from tests.upstream import Request, Upstream, open_upstream
 
 pytestmark = [] if NODE else [pytest.mark.skip(reason="NOT TESTED: Node is not here")]
@@ -397,6 +399,42 @@ async def test_a_cut_at_any_frame_while_cancelling_still_cancels(is_lost: bool, 
         assert len(it.upstream.requests) == runs
         for request in it.upstream.requests:
             await request.closed.wait()
+
+
+DIALLING = """
+// One generation at each address that the test names. Only the WebSocket goes there, the rest to the server.
+const direct = (target, init) => fetch(String(target).replace(/127.0.0.1:[0-9]+/, new URL(url).host), init);
+for (let address; (address = await hear()) !== null; ) {
+  const session = await createSession(address, { tools: [look], fetch: direct, pingEvery: 50, ...fast });
+  const generation = session.generate("hi");
+  const events = await all(generation);
+  const text = events.map((event) => event.type === "text" ? event.text : "").join("");
+  say([text, (await generation.result).text, seen.splice(0), session.history.length]);
+  session.close();
+}
+"""
+CUTS: list[tuple[Direction, int]] = [*(("down", count) for count in range(9)), *(("up", count) for count in range(4))]
+
+
+@pytest.mark.parametrize("how", ["closed", "reset", "half-open"])
+async def test_a_line_that_breaks_in_any_way_at_any_frame_changes_nothing(how: How, tmp_path: Path) -> None:
+    """Also one on which nothing passes any more although both ends have it open."""
+
+    def answer(request: Request) -> answers.Answer:
+        return HELLO if request.messages[-1]["role"] == "tool" else (answers.text("Wait"), CALL)
+
+    async with running(LOOK + DIALLING, tmp_path, answer) as it:
+        port = int(it.server.url.rpartition(":")[2])
+        resumed = 0
+        for direction, frames in CUTS:
+            fate = Fate(direction, frames, how=how)
+            async with open_proxy(port, partial(iter, [fate])) as proxy:
+                await it.say(f"http://127.0.0.1:{proxy.port}")
+                assert await it.hear() == ["WaitHello", "WaitHello", ["sea"], 4], fate
+                resumed += len(proxy.lines) == 2
+        assert resumed >= 8
+        assert len(it.upstream.requests) == 2 * len(CUTS)
+        await it.say(None)
 
 
 async def test_the_break_and_the_resumption_are_events(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@
  * @property {string} [token] where the server asks for one; it goes into HTTP headers only, never into a URL
  * @property {typeof fetch} [fetch] in place of the global one, for instance to have a backend of your own add the token
  * @property {number} [giveUpAfter] milliseconds without a connection after which running generations fail (120,000)
+ * @property {number} [pingEvery] milliseconds of silence after which a connection in use is asked for a sign of life
+ *   (10,000); one that gives none in as many is given up for a new one
  * @property {(attempt: number) => number} [backoff] milliseconds before the attempt, from 0, to connect again
  * @property {new (url: string, protocols: string[]) => WebSocketLike} [WebSocket] where there is no global one: Node 20
  *   without `--experimental-websocket` takes the class of the package `ws`
@@ -103,6 +105,7 @@
 
 const HANDSHAKE_LIMIT = 10_000;
 const HEALTHY_AFTER = 10_000;
+const PING_EVERY = 10_000;
 const GIVE_UP_AFTER = 120_000;
 const TAKEN_OVER = 4409;
 const TOO_BIG = 1009;
@@ -300,6 +303,7 @@ export class Session {
   #replay = null;
   #isReady = false;
   #progressed = false;
+  #heard = false;
   /** Tasks without an id, in order; only the first may have been asked for. @type {Task[]} */
   #queue = [];
   /** @type {Map<string, Task>} */
@@ -352,6 +356,16 @@ export class Session {
       task.fail(error instanceof InferenceError ? copy(error) : new InferenceError(String(error), "invalid"));
     }
     return new Generation(task, cancel);
+  }
+
+  /**
+   * The result of a whole generation, where its events do not matter.
+   *
+   * @param {string | JsonObject[] | null} message
+   * @param {GenerateOptions & JsonObject} [options] as for `generate`
+   */
+  async ask(message, options) {
+    return this.generate(message, options).result;
   }
 
   /** Drops the connection and resumes on a new one, where the network is known to have changed. Nothing is lost. */
@@ -470,6 +484,7 @@ export class Session {
       const socket = new WebSocket(url.href, protocols);
       const gone = (/** @type {number} */ code) => {
         clearTimeout(timer);
+        clearInterval(pulse);
         if (this.#socket === socket) this.#disconnected(code);
         resolve();
       };
@@ -478,13 +493,37 @@ export class Session {
         socket.close();
       };
       const timer = setTimeout(drop, HANDSHAKE_LIMIT);
+      /** @type {ReturnType<typeof setInterval> | undefined} */
+      let pulse;
       this.#socket = socket;
       this.#interrupt = drop;
-      socket.addEventListener("open", () => clearTimeout(timer));
+      socket.addEventListener("open", () => {
+        clearTimeout(timer);
+        pulse = this.#watch(drop);
+      });
       socket.addEventListener("message", ({ data }) => this.#socket === socket && this.#receive(JSON.parse(data)));
       socket.addEventListener("close", ({ code }) => gone(code));
       socket.addEventListener("error", () => {}); // a close follows, which says all there is to say
     });
+  }
+
+  /**
+   * Finds out whether the line is dead without having said so. A page cannot send a WebSocket's own ping; cancelling
+   * what there is not is answered at once and changes nothing.
+   *
+   * @param {() => void} drop
+   */
+  #watch(drop) {
+    let isAsked = false;
+    return setInterval(() => {
+      const isInUse = this.#tasks.size > 0 || this.#queue.length > 0;
+      if (this.#heard || !isInUse) [this.#heard, isAsked] = [false, false];
+      else if (isAsked) drop();
+      else {
+        isAsked = true;
+        this.#call("cancel", { task_id: "none" });
+      }
+    }, this.#options.pingEvery ?? PING_EVERY);
   }
 
   /** @param {number} code */
@@ -544,6 +583,7 @@ export class Session {
 
   /** @param {any} frame */
   #receive(frame) {
+    this.#heard = true;
     if (frame.method === undefined) return this.#answered(frame);
     if (frame.method === "draining") return this.#status("draining");
     if (frame.method === "resumed") return this.#resume(frame.params);
@@ -557,8 +597,9 @@ export class Session {
 
   /** @param {any} frame */
   #answered({ id, result, error }) {
-    // An error without an id is about a frame that the server could not read. It reads them in order.
-    const [key, call] = id === null ? ([...this.#calls][0] ?? []) : [id, this.#calls.get(id)];
+    // An error without an id is about a frame that the server could not read. It answers in order, but for `cancel`.
+    const key = id ?? [...this.#calls].find(([, call]) => call.method !== "cancel")?.[0];
+    const call = this.#calls.get(key);
     this.#calls.delete(key);
     this.#progressed = true;
     if (error) call?.refused(new InferenceError(error.message, error.code, error.data));
@@ -737,7 +778,7 @@ export class Session {
    */
   #call(method, params, answered = () => {}, refused = () => {}) {
     const id = ++this.#lastCall;
-    this.#calls.set(id, { size: this.#send({ id, method, params }), answered, refused });
+    this.#calls.set(id, { method, size: this.#send({ id, method, params }), answered, refused });
   }
 
   /** Sends a frame. Returns its size. @param {JsonObject} frame */
@@ -750,7 +791,12 @@ export class Session {
 
 /**
  * A request that is not answered yet.
- * @typedef {{ size: number, answered: (result: any) => void, refused: (error: InferenceError) => void }} Call
+ *
+ * @typedef {object} Call
+ * @property {string} method
+ * @property {number} size
+ * @property {(result: any) => void} answered
+ * @property {(error: InferenceError) => void} refused
  */
 
 /** A tool as the server is told of it. @param {Tool} tool */
