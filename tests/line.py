@@ -7,11 +7,13 @@ are no handshake pass unharmed.
 from __future__ import annotations
 
 import contextlib
+import math
+import ssl
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import attrs
@@ -39,23 +41,34 @@ class Line:
     """How many cuts have come about."""
     sockets: int = 0
     """How many WebSockets have been asked for."""
+    loses: bool = False
+    """Whether what comes from the server is lost on the way: it comes out of `lost`."""
+    _losing: Any = attrs.field(factory=lambda: trio.open_memory_channel[bytes](math.inf))
     _newest: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+
+    @property
+    def lost(self) -> trio.MemoryReceiveChannel[bytes]:
+        channel: trio.MemoryReceiveChannel[bytes] = self._losing[1]
+        return channel
 
     def cut(self) -> None:
         """Breaks the newest WebSocket's connection now."""
         self._newest.cancel()
 
-    async def serve(self, client: trio.SocketStream) -> None:
+    async def serve(self, client: trio.abc.Stream) -> None:
         target = urlsplit(self.target)
         try:
             server = await trio.open_tcp_stream(target.hostname or "", target.port or 0)
         except OSError:
             return
         async with server, trio.open_nursery() as nursery:
-            upwards = _Pieces(client)
-            head = await upwards.next()
+            upwards, head = _Pieces(client), b""
+            with contextlib.suppress(trio.BrokenResourceError):
+                head = await upwards.next()
             cut = self._begin(nursery.cancel_scope) if head.startswith(b"GET ") else None
-            nursery.start_soon(self._pass, _Pieces(server), client, cut if cut and cut.way == "down" else None)
+            nursery.start_soon(
+                self._pass, _Pieces(server, come_down=True), client, cut if cut and cut.way == "down" else None
+            )
             await self._pass(upwards, server, cut if cut and cut.way == "up" else None, head)
             nursery.cancel_scope.cancel()
 
@@ -64,7 +77,7 @@ class Line:
         self._newest = scope
         return self.cuts.popleft() if self.cuts else None
 
-    async def _pass(self, pieces: _Pieces, to: trio.SocketStream, cut: Cut | None, first: bytes = b"") -> None:
+    async def _pass(self, pieces: _Pieces, to: trio.abc.Stream, cut: Cut | None, first: bytes = b"") -> None:
         count = 0
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while piece := first or await pieces.next():
@@ -73,7 +86,10 @@ class Line:
                     break
                 count += 1
                 first = b""
-                await to.send_all(piece)
+                if self.loses and pieces.come_down:
+                    self._losing[0].send_nowait(piece)
+                else:
+                    await to.send_all(piece)
         await trio.aclose_forcefully(to)
 
 
@@ -81,7 +97,8 @@ class Line:
 class _Pieces:
     """The head of the HTTP message, and then frames; what is no frame, as it comes."""
 
-    _stream: trio.SocketStream
+    _stream: trio.abc.Stream
+    come_down: bool = False
     _is_websocket: bool | None = None
     _buffer: bytearray = attrs.field(factory=bytearray)
 
@@ -117,10 +134,13 @@ def _size_of_frame(data: bytearray) -> int:
 
 
 @asynccontextmanager
-async def open_line(target: str, *cuts: Cut) -> AsyncIterator[Line]:
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+async def open_line(target: str, *cuts: Cut, ssl_context: ssl.SSLContext | None = None) -> AsyncIterator[Line]:
+    """With an `ssl_context` the line is for `https://localhost`; to its target it goes on without."""
+    listeners: Any = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
-    line = Line(f"http://127.0.0.1:{port}", target, deque(cuts))
+    if ssl_context:
+        listeners = [trio.SSLListener(listener, ssl_context, https_compatible=True) for listener in listeners]
+    line = Line(f"https://localhost:{port}" if ssl_context else f"http://127.0.0.1:{port}", target, deque(cuts))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(trio.serve_listeners, line.serve, listeners))
         yield line

@@ -2,90 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import ssl
 from typing import Any
 
-import attrs
 import pytest
 import trio
+import trustme
 
+from inference_trio import errors, protocol
 from inference_trio.client import (
-    ConnectionLostError,
-    Disconnected,
-    Event,
+    BrokenStreamError,
+    ClosedError,
+    InferenceError,
+    OverloadedError,
+    Parameters,
+    ReasoningChunk,
+    RequestError,
     Result,
-    Resumed,
-    Session,
     TextChunk,
+    TooBigError,
     ToolCall,
     ToolResult,
+    UnauthorizedError,
+    UnreachableError,
     Usage,
     connect,
 )
-from inference_trio.client import session as client_session
+from inference_trio.client.errors import from_wire
+from inference_trio.variables import Secret
 from tests import answers
-from tests.harness import PATIENCE, Server, open_server, settings
-from tests.line import Cut, Line, open_line
-from tests.upstream import Upstream, open_upstream
+from tests.client_bench import CALL, HANGS, HELLO, Look, events_of, running, text_of
+from tests.harness import PATIENCE, open_server, settings
+from tests.line import open_line
+from tests.upstream import Request, open_upstream
 
-CALL = answers.calls(answers.tool_call(0, "c1", "look", {"at": "sea"}))
-HELLO = answers.reply("Hel", "lo")
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting between attempts to connect."""
-    monkeypatch.setattr(client_session, "backoff", lambda attempt: 0.0)
-
-
-@attrs.define(eq=False)
-class Look:
-    """A tool that counts."""
-
-    seen: list[str] = attrs.field(factory=list)
-
-    @property
-    def tool(self) -> Any:
-        def look(at: str) -> dict[str, str]:
-            """Looks there."""
-            self.seen.append(at)
-            return {"saw": at.upper()}
-
-        return look
-
-
-@attrs.frozen
-class Bench:
-    upstream: Upstream
-    server: Server
-    line: Line
-    session: Session
-
-
-@asynccontextmanager
-async def running(*script: Any, cuts: tuple[Cut, ...] = (), tools: Any = (), **changes: Any) -> AsyncIterator[Bench]:
-    """A session beside a server, whose upstream answers as scripted, on a line with these cuts."""
-    give_up_after = changes.pop("give_up_after", 120.0)
-    with trio.fail_after(PATIENCE):
-        async with (
-            open_upstream(*script) as upstream,
-            open_server(settings(upstream.base_url, **changes)) as server,
-            open_line(server.url, *cuts) as line,
-            connect(line.url, tools=tools, give_up_after=give_up_after) as session,
-        ):
-            yield Bench(upstream, server, line, session)
-
-
-async def events_of(session: Session, message: str = "hi", **options: Any) -> tuple[list[Event], Result]:
-    async with session.generate(message, **options) as task:
-        events = [event async for event in task]
-    return events, task.result
-
-
-def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextChunk))
-
+TOKEN = "token-of-the-tests"
 
 # Generations
 
@@ -128,63 +79,193 @@ async def test_a_function_is_called_and_its_result_goes_to_the_model() -> None:
         assert look.seen == ["sea"]
 
 
-# Broken connections
+async def test_several_generations_run_at_a_time() -> None:
+    def answer(request: Request) -> Any:
+        name = request.messages[-1]["content"]
+        return [answers.text(name), answers.pause(name), answers.reply("!")]
 
-UP = [Cut("up", after) for after in range(3)]  # the handshake, `generate`, `tool_result`
-DOWN = [Cut("down", after) for after in range(7)]  # the handshake, `resumed`, answer, call, answer, text, `end`
-
-
-def identity(cut: Cut) -> str:
-    return f"{cut.way}-{cut.after}"
-
-
-async def check_whole(it: Bench, look: Look) -> list[Event]:
-    """The generation is as if nothing had happened, apart from the events that tell what has."""
-    events, result = await events_of(it.session)
-    assert text_of(events) == result.final_text == "There"
-    assert [type(event) for event in events if isinstance(event, ToolCall | ToolResult)] == [ToolCall, ToolResult]
-    assert look.seen == ["sea"]
-    assert len(it.upstream.requests) == 2
-    assert [message["role"] for message in it.session.history] == ["user", "assistant", "tool", "assistant"]
-    return events
+    async with running(answer) as it, it.session.generate("one") as one, it.session.generate("two") as two:
+        assert [await anext(one), await anext(two)] == [TextChunk("one"), TextChunk("two")]
+        it.upstream.gate("two").set()
+        assert (await two.finish()).final_text == "two!"
+        it.upstream.gate("one").set()
+        assert (await one.finish()).final_text == "one!"
+        assert [message["content"] for message in it.session.history] == ["two", "two!", "one", "one!"]
 
 
-@pytest.mark.parametrize("cut", UP + DOWN, ids=identity)
-async def test_a_line_that_is_cut_anywhere_changes_nothing(cut: Cut) -> None:
-    look = Look()
-    async with running(CALL, answers.reply("There"), cuts=(cut,), tools=[look.tool]) as it:
-        await check_whole(it, look)
-        assert (it.line.made, it.line.sockets) == (1, 2)
+async def test_text_that_nobody_reads_becomes_one_event() -> None:
+    parts = [answers.reasoning("Hm", "m"), answers.reply("a", "b", "c")]
+    async with running(parts) as it, it.session.generate("hi") as task:
+        await task.finish()
+        assert [event async for event in task] == [ReasoningChunk("Hmm"), TextChunk("abc")]
 
 
-@pytest.mark.parametrize("second", UP + DOWN[:3], ids=identity)
-@pytest.mark.parametrize("first", UP + DOWN, ids=identity)
-async def test_a_line_that_is_cut_again_while_it_is_mended_changes_nothing(first: Cut, second: Cut) -> None:
-    look = Look()
-    async with running(CALL, answers.reply("There"), cuts=(first, second), tools=[look.tool]) as it:
-        await check_whole(it, look)
-        assert it.line.made >= 1
+def test_the_parameters_are_those_of_the_protocol() -> None:
+    own = {"history", "message", "tools"}
+    assert set(Parameters.__annotations__) == set(protocol.Generate.__struct_fields__) - own
 
 
-async def test_a_loss_is_told_among_the_events() -> None:
-    slow = [answers.text("Hel"), answers.pause("go on"), answers.reply("lo")]
-    async with running(slow) as it, it.session.generate("hi") as task:
-        assert await anext(task) == TextChunk("Hel")
-        it.line.cut()
-        assert await anext(task) == Disconnected()
-        assert await anext(task) == Resumed(gap=False)
-        it.upstream.gate("go on").set()
-        assert [event async for event in task] == [TextChunk("lo")]
+# Cancelling
 
 
-async def test_without_a_connection_for_too_long_it_fails() -> None:
-    hangs = [answers.text("Hel"), answers.hang()]
-    async with running(hangs, give_up_after=0.0) as it, it.session.generate("hi") as task:
-        assert await anext(task) == TextChunk("Hel")
+async def test_leaving_the_block_cancels_the_generation() -> None:
+    async with running(HANGS) as it:
+        async with it.session.generate("hi") as task:
+            async for _ in task:
+                break
+        await it.upstream.requests[0].closed.wait()
+        assert (task.result.status, task.result.final_text) == ("cancelled", "Hel")
+        assert [message["content"] for message in it.session.history] == ["hi", "Hel"]
+
+
+async def test_a_cancel_scope_around_it_cancels_the_generation() -> None:
+    async with running(HANGS) as it:
+        with trio.CancelScope() as scope:
+            async with it.session.generate("hi") as task:
+                async for _ in task:
+                    scope.cancel()
+        assert scope.cancelled_caught
+        await it.upstream.requests[0].closed.wait()
+
+
+async def test_a_cancel_scope_around_the_session_cancels_the_generation() -> None:
+    async with open_upstream(HANGS) as upstream, open_server(settings(upstream.base_url)) as server:
+        with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
+            async with connect(server.url) as session, session.generate("hi") as task:
+                async for _ in task:
+                    scope.cancel()
+        assert scope.cancelled_caught
+        await upstream.requests[0].closed.wait()
+
+
+async def test_a_generation_that_waits_for_another_to_be_taken_on_is_cancelled_without_being_asked_for() -> None:
+    async with running(HELLO) as it:
         it.line.target = "http://127.0.0.1:1"
         it.line.cut()
-        assert await anext(task) == Disconnected()
-        with pytest.raises(ConnectionLostError) as lost:
-            await task.finish()
-        assert lost.value.partial_text == "Hel"
-        assert lost.value.retryable
+        async with it.session.generate("hi") as task:
+            await task.cancel()
+            assert task.result == Result(final_text="", status="cancelled")
+        assert it.session.history == []
+
+
+async def test_what_the_block_raises_comes_out_as_it_is() -> None:
+    async with open_upstream(HANGS) as upstream, open_server(settings(upstream.base_url)) as server:
+
+        async def fails() -> None:
+            async with connect(server.url) as session, session.generate("hi") as task:
+                await anext(task)
+                raise KeyError("mine")
+
+        with pytest.raises(KeyError, match="mine") as raised:
+            await fails()
+        assert type(raised.value) is KeyError
+        await upstream.requests[0].closed.wait()
+
+
+async def test_what_is_running_when_the_session_ends_fails() -> None:
+    async with running(HANGS) as it:
+        await it.session.generate("hi").__aenter__()
+        task = it.session.generate("hi")
+        async with task:
+            await it.session.close()
+            with pytest.raises(ClosedError):
+                await task.finish()
+        with pytest.raises(ClosedError):
+            it.session.generate("more")
+
+
+async def test_misuse_is_told() -> None:
+    async with running(HANGS) as it:
+        task = it.session.generate("hi")
+        with pytest.raises(RuntimeError, match="async with"):
+            await anext(task)
+        async with task:
+            with pytest.raises(RuntimeError, match="not ended"):
+                _ = task.result
+        with pytest.raises(RuntimeError, match="once"):
+            await task.__aenter__()
+        with pytest.raises(TypeError, match="JSON"):
+            it.session.generate("hi", response_format={"type": object()})
+        with pytest.raises(ValueError, match="http"):
+            async with connect("127.0.0.1:8000"):
+                pass
+
+
+# Errors
+
+
+def test_every_error_of_the_server_has_its_class() -> None:
+    for kind in errors.InferenceError.__subclasses__():
+        error = from_wire({"code": kind.code, "message": "m", "data": {"retry_after": 1}})
+        assert type(error) is not InferenceError
+        assert (error.code, error.message, error.retry_after) == (kind.code, "m", 1)
+    assert type(from_wire({"code": -1, "message": "m"})) is InferenceError
+
+
+async def test_an_error_of_the_generation_has_its_code_and_the_text_so_far() -> None:
+    async with running([answers.text("Hel"), answers.drop()]) as it:
+        with pytest.raises(BrokenStreamError) as broken:
+            await events_of(it.session)
+        assert (broken.value.code, broken.value.partial_text) == (-32006, "Hel")
+        assert it.session.history == []
+
+
+async def test_a_wrong_parameter_is_named_and_the_session_goes_on() -> None:
+    async with running(HELLO) as it:
+        with pytest.raises(RequestError, match=r"params\.temperature"):
+            await it.session.ask("hi", temperature=9)
+        assert str(await it.session.ask("hi")) == "Hello"
+
+
+async def test_what_is_too_big_fails_alone() -> None:
+    async with running(HELLO, max_message_bytes=10_000) as it:
+        with pytest.raises(TooBigError):
+            await it.session.ask("x" * 20_000)
+        assert str(await it.session.ask("hi")) == "Hello"
+
+
+async def test_a_server_that_is_not_there_is_told_at_once() -> None:
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1"):
+        async with connect("http://127.0.0.1:1"):
+            pass
+
+
+async def test_a_full_server_says_when_to_come_back() -> None:
+    async with running(max_sessions=1) as it, it.session.generate("hi"):
+        with pytest.raises(OverloadedError) as full:
+            async with connect(it.server.url):
+                pass
+    assert full.value.retryable
+    assert full.value.retry_after
+
+
+async def test_a_token_is_sent_where_one_is_asked_for() -> None:
+    tokens = {"tests": Secret(TOKEN)}
+    async with open_upstream(HELLO) as upstream, open_server(settings(upstream.base_url, auth_tokens=tokens)) as server:
+        with trio.fail_after(PATIENCE):
+            with pytest.raises(UnauthorizedError):
+                async with connect(server.url):
+                    pass
+            with pytest.raises(UnauthorizedError):
+                async with connect(server.url, token="another"):
+                    pass
+            async with connect(server.url, token=TOKEN) as session:
+                assert str(await session.ask("hi")) == "Hello"
+
+
+async def test_it_works_over_tls() -> None:
+    authority = trustme.CA()
+    ours, theirs = ssl.create_default_context(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.configure_trust(ours)
+    authority.issue_cert("localhost").configure_cert(theirs)
+    with trio.fail_after(PATIENCE):
+        async with (
+            open_upstream(HELLO) as upstream,
+            open_server(settings(upstream.base_url)) as server,
+            open_line(server.url, ssl_context=theirs) as line,
+        ):
+            async with connect(line.url.replace("https", "wss"), ssl_context=ours) as session:
+                assert str(await session.ask("hi")) == "Hello"
+            with pytest.raises(UnreachableError, match="certificate"):
+                async with connect(line.url):
+                    pass

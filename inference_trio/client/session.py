@@ -188,10 +188,9 @@ class Session:
                 self._forget(refusal)
             elif refusal and not refusal.retryable:
                 self._forget(refusal, everything=True)
-            elif now - lost_at >= self._give_up_after:
-                self._forget(
-                    ConnectionLostError("The connection was lost, and none could be made anew"), everything=True
-                )
+            if now - lost_at >= self._give_up_after:
+                lost = ConnectionLostError("The connection was lost, and none could be made anew")
+                self._forget(lost, everything=True)
             if not self._conversation.is_busy:
                 return
             least = (refusal and refusal.retry_after) or 0.0

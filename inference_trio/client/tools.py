@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import attrs
 import docstring_parser
@@ -47,11 +47,10 @@ class ToolFunction:
         itself, and what it returns is dropped.
         """
         converted = self._convert(arguments)
-        if inspect.iscoroutinefunction(self.call):
+        if inspect.iscoroutinefunction(_inner(self.call)):
             return await self.call(**converted)
         call = functools.partial(self.call, **converted)
-        result = await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
-        return await result if inspect.isawaitable(result) else result
+        return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
 
     def _convert(self, arguments: JsonObject) -> JsonObject:
         try:
@@ -98,13 +97,21 @@ def tool(function: Function, *, name: str | None = None, description: str | None
 
 
 def _keywords(function: Function) -> Any:
-    """A function with the same parameters that only returns its arguments, by name."""
+    """A function with the same parameters that only returns its arguments. Raises NameError where a type is unknown."""
 
-    @functools.wraps(function)
-    def keywords(**arguments: Any) -> dict[str, Any]:
+    def keywords(**arguments: Any) -> JsonObject:
         return arguments
 
+    keywords.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    keywords.__annotations__ = get_type_hints(_inner(function), include_extras=True)
     return keywords
+
+
+def _inner(function: Function) -> Function:
+    """What is written with `def`."""
+    if isinstance(function, functools.partial):
+        return _inner(function.func)
+    return function if inspect.isroutine(function) else function.__call__  # type: ignore[operator]
 
 
 def tools_of(given: Iterable[Tool | Function | Mapping[str, Any]]) -> dict[str, Tool]:

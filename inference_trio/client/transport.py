@@ -44,7 +44,7 @@ class Transport:
         try:
             response = await self.http.post(f"{self.url}create_session", json={"tools": tools})
         except httpx2.TransportError as error:
-            raise UnreachableError(f"Cannot reach {self.url}: {error}") from error
+            raise self._unreachable(error) from error
         answer = _object(response.content)
         if response.status_code == 200 and "session_id" in answer:
             return str(answer["session_id"])
@@ -76,13 +76,20 @@ class Transport:
         host, port = url.hostname or "", url.port or (443 if self.ssl_context else 80)
         try:
             with trio.fail_after(HANDSHAKE_LIMIT):
+                stream = await trio.open_tcp_stream(host, port)
                 if self.ssl_context is None:
-                    return _Line(await trio.open_tcp_stream(host, port))
-                return _Line(
-                    await trio.open_ssl_over_tcp_stream(host, port, ssl_context=self.ssl_context, https_compatible=True)
-                )
-        except (OSError, trio.TooSlowError) as error:
-            raise UnreachableError(f"Cannot reach {self.url}: {error}") from error
+                    return _Line(stream)
+                encrypted = trio.SSLStream(stream, self.ssl_context, server_hostname=host, https_compatible=True)
+                await encrypted.do_handshake()
+                return _Line(encrypted)
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: BaseException) -> UnreachableError:
+        reason = error
+        while not str(reason) and (deeper := reason.__cause__ or reason.__context__):
+            reason = deeper
+        return UnreachableError(f"Cannot reach {self.url}: {reason}")
 
     async def _shake_hands(self, nursery: trio.Nursery, line: _Line, url: SplitResult) -> WebSocketConnection:
         headers = [(b"Authorization", f"Bearer {self.token}".encode())] if self.token else []
@@ -108,7 +115,11 @@ class _Line(trio.abc.Stream):
     on_end: Callable[[], None] = attrs.field(default=lambda: None)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._stream.send_all(data)
+        try:
+            await self._stream.send_all(data)
+        except trio.BrokenResourceError:
+            self.on_end()
+            raise
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
@@ -136,9 +147,12 @@ async def open_transport(url: str, token: str | None, ssl_context: ssl.SSLContex
     at = f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
     context = (ssl_context or ssl.create_default_context()) if scheme == "https" else None
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    # No proxies of the environment: the WebSocket would not go through them.
     async with httpx2.AsyncClient(
-        headers=headers, verify=context or False, timeout=HANDSHAKE_LIMIT, trust_env=False
+        headers=headers,
+        verify=context or False,
+        timeout=HANDSHAKE_LIMIT,
+        limits=httpx2.Limits(max_keepalive_connections=0),  # sessions are created seldom
+        trust_env=False,  # the WebSocket would not go through a proxy of the environment
     ) as http:
         yield Transport(at, http, context, token)
 
