@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import hypercorn.trio
 import trio
@@ -16,6 +16,7 @@ from quart_trio import QuartTrio
 from . import __version__
 from .errors import ConfigurationError
 from .logs import configure_logging
+from .process import watch_signals
 from .settings import Settings
 
 USAGE_ERROR = 2
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     status = 0
     try:
-        trio.run(serve, app, options.host, options.port)
+        trio.run(serve, app, options.host, options.port, settings.drain_seconds)
     except* OSError as group:
         reason = group.exceptions[0]
         while isinstance(reason, ExceptionGroup):
@@ -69,28 +70,18 @@ def _port(text: str) -> int:
     return port
 
 
-async def serve(app: QuartTrio, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM, and then lets what runs come to its end; a second one ends that at once.
+async def serve(app: QuartTrio, host: str, port: int, drain_seconds: float) -> None:
+    """Serves until SIGINT or SIGTERM, and then lets what runs come to its end; a second one ends the process at once.
 
     Raises OSError, in a group, where the address cannot be had.
     """
     config = Config()
     config.bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)  # what it says at the start is said below
-    told = trio.Event()
-
-    async def run(nursery: trio.Nursery, task_status: trio.TaskStatus[list[str]]) -> None:
-        await hypercorn.trio.serve(app, config, shutdown_trigger=told.wait, task_status=task_status)
-        nursery.cancel_scope.cancel()
-
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            addresses = await nursery.start(run, nursery)
-            print(f"inference_trio serves at {addresses[0]}, until Ctrl-C", flush=True)  # noqa: T201
-            await anext(signals)
-            told.set()
-            await anext(signals)
-            nursery.cancel_scope.cancel()
+    told = watch_signals(drain_seconds)
+    async with trio.open_nursery() as nursery:
+        addresses = await nursery.start(partial(hypercorn.trio.serve, app, config, shutdown_trigger=told))
+        print(f"inference_trio serves at {addresses[0]}, until Ctrl-C", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -36,22 +36,16 @@ from functools import partial
 from typing import Any
 
 import attrs
-import hypercorn.protocol.h2
+import hypercorn.protocol
 import hypercorn.protocol.h11
 import hypercorn.trio
 import hypercorn.trio.run
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
-from hypercorn.protocol.events import Body, EndBody, StreamClosed
-from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.http_stream import HTTPStream
-from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
-from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, WebsocketAcceptEvent
-from quart_trio.wrappers import TrioWebsocket
-from wsproto.events import CloseConnection, Message, Ping
-from wsproto.frame_protocol import CloseReason
+
+from .hypercorn_streams import BoundedHTTPStream, BoundedWSStream, OnlyHTTP1
 
 LINGER = 5.0
 """Seconds for which a connection that we close is still read, and an application is told that it ended."""
@@ -62,16 +56,20 @@ STOPPING_TIME = 0.5
 plain_worker_serve = hypercorn.trio.run.worker_serve
 """Hypercorn's own, for another app beside the one that it was started with."""
 
-QUEUED_MESSAGES = 4
-"""Messages waiting for a handler in `BoundedWebsocket`."""
+_NO_PLACE = b'{"error":{"code":-32005,"message":"There are too many connections","data":{"retry_after":1}}}'
+NO_PLACE = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(_NO_PLACE), _NO_PLACE)
+)
 
 
 @attrs.frozen
 class ServerLimits:
-    """What one connection may take. Sizes in bytes, times in seconds.
+    """What a connection may take, and how many there may be. Sizes in bytes, times in seconds.
 
     ``max_message_bytes``: a WebSocket message, in UTF-8 where it is text, or the body of a request. A larger
     message is answered with close code 1009; of a larger body the application sees just enough to refuse it.
+    ``max_connections``: open ones; a further one is answered with 503 at once.
     ``write_timeout``: how long one write may take before the peer is dropped.
     ``ping_interval``, ``pong_timeout``: how often a WebSocket is pinged, and how long any peer may send nothing at
     all before it is dropped. The second must be larger than the first, and than any response takes.
@@ -79,6 +77,7 @@ class ServerLimits:
     """
 
     max_message_bytes: int
+    max_connections: int = 10_000
     write_timeout: float = 30.0
     ping_interval: float = 20.0
     pong_timeout: float = 60.0
@@ -94,52 +93,70 @@ class ServerLimits:
         config.max_app_queue_size = 1
 
 
-def install(
-    limits: ServerLimits,
-    before_stop: Callable[[], Awaitable[None]] | None = None,
-    before_start: Callable[[Config], None] = lambda _: None,
-) -> None:
-    """Make Hypercorn's Trio worker use these fixes in this process. The last call's arguments count.
+Trigger = Callable[[], Awaitable[None]]
+"""Returns when the server is to stop."""
 
-    ``before_start`` is called with Hypercorn's configuration; ``before_stop`` is awaited between the signal to stop
-    and the stop, while all is still served.
+
+@attrs.frozen
+class Hooks:
+    """What an application wants of the worker that serves it.
+
+    ``before_start`` is called with Hypercorn's configuration; ``before_stop`` is awaited between the trigger and the
+    stop, while all is still served. ``watch`` makes the trigger of a worker that Hypercorn's command started, out of
+    the one that the command gave it, if any: the command itself leaves signals that reach the worker alone.
     """
-    for module in (hypercorn.trio, hypercorn.trio.run):
-        module.worker_serve = partial(_serve, before_start, before_stop) if before_stop else plain_worker_serve  # type: ignore[attr-defined]
-    hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits)  # type: ignore[assignment, attr-defined]
-    for protocol in (hypercorn.protocol.h11, hypercorn.protocol.h2):
-        protocol.WSStream = BoundedWSStream  # type: ignore[attr-defined]
-        protocol.HTTPStream = BoundedHTTPStream  # type: ignore[attr-defined]
+
+    before_start: Callable[[Config], None] = lambda _: None
+    before_stop: Trigger = trio.lowlevel.checkpoint
+    watch: Callable[[Trigger | None], Trigger | None] = lambda trigger: trigger
+
+
+def install(limits: ServerLimits, hooks: Hooks | None = None) -> None:
+    """Make Hypercorn's Trio worker use these fixes in this process. The last call's arguments count."""
+    hooks = hooks or Hooks()
+    places = trio.CapacityLimiter(limits.max_connections)
+    hypercorn.trio.worker_serve = partial(_serve, hooks)  # type: ignore[attr-defined]
+    hypercorn.trio.run.worker_serve = partial(_serve_command, hooks)
+    hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits, places)  # type: ignore[assignment, attr-defined]
+    hypercorn.protocol.H11Protocol = OnlyHTTP1  # type: ignore[attr-defined]
+    hypercorn.protocol.h11.WSStream = BoundedWSStream  # type: ignore[assignment, attr-defined]
+    hypercorn.protocol.h11.HTTPStream = BoundedHTTPStream  # type: ignore[attr-defined]
+
+
+async def _serve_command(
+    hooks: Hooks, app: Any, config: Config, *, shutdown_trigger: Trigger | None = None, **options: Any
+) -> None:
+    await _serve(hooks, app, config, shutdown_trigger=hooks.watch(shutdown_trigger), **options)
 
 
 async def _serve(
-    before_start: Callable[[Config], None],
-    before_stop: Callable[[], Awaitable[None]],
-    app: Any,
-    config: Config,
-    **options: Any,
+    hooks: Hooks, app: Any, config: Config, *, shutdown_trigger: Trigger | None = None, **options: Any
 ) -> None:
     """Hypercorn tells open WebSockets nothing when it stops: they are cut off when its time is over."""
-    before_start(config)
-    trigger = options.pop("shutdown_trigger", None)
+    hooks.before_start(config)
     config.graceful_timeout = STOPPING_TIME
+    config.alpn_protocols = ["http/1.1"]
     # Else it writes to stderr by itself, as well as through `logging`.
     config.errorlog = logging.getLogger("hypercorn.error")
 
-    async def told_and_ready() -> None:
+    async def told_and_ready(trigger: Trigger) -> None:
         await trigger()
-        await before_stop()
+        await hooks.before_stop()
 
-    await plain_worker_serve(app, config, shutdown_trigger=told_and_ready if trigger else None, **options)
+    trigger = partial(told_and_ready, shutdown_trigger) if shutdown_trigger else None
+    await plain_worker_serve(app, config, shutdown_trigger=trigger, **options)
 
 
 class BoundedTCPServer(TCPServer):
     """One connection, which ends in bounded time whatever its peer and its application do."""
 
-    def __init__(self, limits: ServerLimits, app: Any, config: Config, *args: Any) -> None:
+    def __init__(
+        self, limits: ServerLimits, places: trio.CapacityLimiter, app: Any, config: Config, *args: Any
+    ) -> None:
         limits.apply(config)
         super().__init__(app, config, *args)
         self._limits = limits
+        self._places = places
         self._closing = False
         self._connection = trio.CancelScope()
         self._reading = trio.CancelScope()
@@ -148,13 +165,21 @@ class BoundedTCPServer(TCPServer):
         """Serve the connection. Never raises an `Exception`.
 
         An error of Hypercorn's own ends the whole server otherwise, and a peer can provoke one: with a byte
-        that is not ASCII in ``Sec-WebSocket-Protocol``, or with HTTP/2 data after its stream has ended.
+        that is not ASCII in ``Sec-WebSocket-Protocol``.
         """
+        try:
+            self._places.acquire_on_behalf_of_nowait(self)
+        except trio.WouldBlock:
+            self._write_at_once(NO_PLACE)
+            await trio.aclose_forcefully(self.stream)
+            return
         try:
             with self._connection:
                 await super().run()
         except* Exception:
             await self.config.log.exception("A connection failed")
+        finally:
+            self._places.release_on_behalf_of(self)
 
     async def protocol_send(self, event: Event) -> None:
         """Write, close, or start and stop the idle timer.
@@ -227,116 +252,3 @@ class BoundedTCPServer(TCPServer):
                 await self.protocol.handle(RawData(bytes(data)))
             if not data:
                 return
-
-
-class BoundedHTTPStream(HTTPStream):
-    """A request whose body is cut off after the limit is passed, instead of read to its end.
-
-    Quart 0.23 looks at the size of a body without ``Content-Length`` only when it is complete. The part that
-    passes the limit is delivered and called the end: Quart then answers 413 by its own rule.
-    """
-
-    _body_size = 0
-
-    async def handle(self, event: StreamEvent) -> None:
-        if self._passed and isinstance(event, (Body, EndBody)):
-            return
-        await super().handle(event)
-        if isinstance(event, Body):
-            self._body_size += len(event.data)
-            if self._passed:
-                await super().handle(EndBody(stream_id=event.stream_id))
-
-    @property
-    def _passed(self) -> bool:
-        return self._body_size > self.config.wsgi_max_body_size
-
-
-class BytesCountingBuffer(WebsocketBuffer):
-    """Counts text in bytes of UTF-8; Hypercorn counts characters."""
-
-    def extend(self, event: Message[Any]) -> None:
-        if isinstance(event.data, str):
-            self.length += len(event.data.encode()) - len(event.data)
-        super().extend(event)
-
-
-class BoundedWSStream(WSStream):
-    """A WebSocket that keeps to its size limit, and to RFC 6455 when it is closed."""
-
-    app_put: Callable[..., Awaitable[None]]
-
-    def __init__(self, app: Any, config: Config, *args: Any) -> None:
-        super().__init__(app, config, *args)
-        self.app_put = _discard
-        self.buffer = BytesCountingBuffer(config.websocket_max_message_size)
-
-    async def _accept(self, message: WebsocketAcceptEvent) -> None:
-        # Hypercorn accepts permessage-deflate whenever it is offered, and inflates without a limit.
-        self.handshake.extensions = None
-        await super()._accept(message)
-
-    async def app_send(self, message: ASGISendEvent | None) -> None:
-        if message is None:
-            # The application has ended: to tell it of the disconnect would wait for room in its queue.
-            self.app_put = _discard
-        await super().app_send(message)
-
-    async def _handle_events(self) -> None:
-        for event in self.connection.events():
-            if isinstance(event, Message):
-                await self._handle_message(event)
-            elif isinstance(event, Ping):
-                await self._send_wsproto_event(event.response())
-            elif isinstance(event, CloseConnection):
-                # The peer's close, or wsproto's verdict on a bad frame, which Hypercorn keeps to itself.
-                await self._end(event.response())
-            if self.closed:
-                return
-
-    async def _handle_message(self, event: Message[Any]) -> None:
-        try:
-            self.buffer.extend(event)
-        except FrameTooLargeError:
-            # Hypercorn sends the close frame too, but then keeps the socket and the buffer.
-            await self._end(CloseConnection(code=CloseReason.MESSAGE_TOO_BIG))
-            return
-        if event.message_finished:
-            await self.app_put(self.buffer.to_message())
-            self.buffer.clear()
-
-    async def _end(self, close: CloseConnection) -> None:
-        self.buffer.clear()
-        await self._send_wsproto_event(close)
-        await self.send(StreamClosed(stream_id=self.stream_id))
-
-
-async def _discard(event: ASGIReceiveEvent) -> None:
-    """Take what nobody will receive."""
-
-
-class BoundedBuffer:
-    """What Quart-Trio 0.13 keeps for a handler, which has no bound of its own. 0.12 keeps ten messages instead."""
-
-    def __init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel[bytes | str](QUEUED_MESSAGES)
-
-    async def put(self, data: bytes | str) -> None:
-        await self._send.send(data)
-
-    async def get(self) -> bytes | str:
-        return await self._receive.receive()
-
-    def disconnect(self) -> None:
-        """Nothing: the handler is cancelled next, and would otherwise log an error for each disconnect."""
-
-
-class BoundedWebsocket(TrioWebsocket):
-    """``app.websocket_class``, on Quart-Trio 0.12 and 0.13."""
-
-    buffer_class = BoundedBuffer
-
-    async def receive(self) -> bytes | str:
-        """The next message. Quart takes an empty binary one for a missing one: ``None``."""
-        message: bytes | str | None = await super().receive()
-        return b"" if message is None else message

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import attrs
@@ -42,11 +43,13 @@ from .errors import (
     OverloadedError,
     ParseError,
 )
-from .hypercorn_fixes import BoundedWebsocket, ServerLimits, install
+from .hypercorn_fixes import Hooks, ServerLimits, install
+from .hypercorn_streams import BoundedWebsocket
 from .jsonrpc import convert, encode, loads
 from .local_model import embedded_model, find_weights
 from .metrics import Metrics
 from .model import ChatModel, build_model
+from .process import raise_file_limit, watch_signals
 from .protocol import Created, CreateSession, NewTicket
 from .runner import Model
 from .session import RETRY_AFTER, Session
@@ -73,7 +76,8 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
         logger.warning("%s", line)
     opening = nullcontext(model) if model else open_model(settings)
     service = Service(settings, opening, Access.of(settings))
-    install(ServerLimits(max_message_bytes=settings.max_message_bytes), service.drain, service.before_start)
+    limits = ServerLimits(settings.max_message_bytes, settings.max_connections)
+    install(limits, Hooks(service.before_start, service.drain, partial(watch_signals, settings.drain_seconds)))
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket
     app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes
@@ -132,6 +136,7 @@ class Service:
         if self.settings.metrics_port:
             self.metrics.listen(self.settings.metrics_host, self.settings.metrics_port)
         self.warn_of_strangers([*config.bind, *config.insecure_bind])
+        raise_file_limit(self.settings.max_connections, self.settings.max_tasks)
 
     def warn_of_strangers(self, hosts: list[str]) -> None:
         """Called with where the server is going to listen."""

@@ -79,6 +79,7 @@ class Settings:
     session_ttl: float = setting("INFERENCE_SESSION_TTL", seconds(), 3600.0, "idle time after which a session ends")
     max_tasks: int = setting("INFERENCE_MAX_TASKS", integer(), 1000, "tasks running at a time")
     max_tasks_per_session: int = setting("INFERENCE_MAX_TASKS_PER_SESSION", integer(), 8, "of these, in one session")
+    max_connections: int = setting("INFERENCE_MAX_CONNECTIONS", integer(), 10_000, "open connections of clients")
     max_message_bytes: int = setting(
         "INFERENCE_MAX_MESSAGE_BYTES", integer(), 4_194_304, "a WebSocket message or an HTTP body"
     )

@@ -1,8 +1,11 @@
 """The server's commands as a test needs them: ``python -m tests.launch '{"write_timeout": 1}' serve --port 0``.
 
-The first argument has limits of connections in place of the defaults of `ServerLimits`; ``serve`` is ours, anything
-else is for Hypercorn's command. On SIGUSR1 the process writes how many Trio tasks it has, a line on standard output,
-and an idle thread ends at once: Trio would keep it for ten seconds, and a test could not tell it from one left behind.
+The first argument has limits in place of the defaults of `ServerLimits`. It may have ``grace``, in place of
+`process.GRACE`, and ``stuck``: then the model is one whose threads react to nothing. ``serve`` is ours, anything else
+is for Hypercorn's command.
+
+On SIGUSR1 the process writes how many Trio tasks it has, a line on standard output. Idle threads end at once: Trio
+would keep them for ten seconds, and a test could not tell them from those that were left behind.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import json
 import os
 import signal
 import sys
+import threading
+from contextlib import nullcontext
 from functools import partial
 
 import hypercorn.__main__
@@ -18,7 +23,7 @@ import trio
 import trio._core._thread_cache
 
 from inference_trio import __main__ as ours
-from inference_trio import server
+from inference_trio import process, server
 from inference_trio.hypercorn_fixes import ServerLimits
 
 
@@ -26,9 +31,18 @@ def report_tasks(*_: object) -> None:
     os.write(1, f"{trio.lowlevel.current_statistics().tasks_living}\n".encode())
 
 
-limits, *arguments = sys.argv[1:]
-# Also in a worker, for which Hypercorn's command starts this module anew.
-server.ServerLimits = partial(ServerLimits, **json.loads(limits))  # type: ignore[misc, assignment]
+class StuckModel:
+    async def stream(self, *_: object) -> None:
+        await trio.to_thread.run_sync(threading.Event().wait)
+
+
+options, *arguments = sys.argv[1:]
+limits = json.loads(options)
+# All of this also in a worker, for which Hypercorn's command starts this module anew.
+process.GRACE = limits.pop("grace", process.GRACE)
+if limits.pop("stuck", False):
+    server.open_model = lambda settings: nullcontext(StuckModel())
+server.ServerLimits = partial(ServerLimits, **limits)  # type: ignore[misc, assignment]
 trio._core._thread_cache.IDLE_TIMEOUT = 0.01
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from tests.harness import KEY, PATIENCE, Server
 
 MEGABYTE = 2**20
 SERVE = ("serve", "--port", "0")
-HYPERCORN = ("inference_trio.app:app", "--worker-class", "trio", "--workers", "0", "--bind", "127.0.0.1:{port}")
+HYPERCORN = ("inference_trio.app:app", "--worker-class", "trio", "--bind", "127.0.0.1:{port}")
+WITHOUT_WORKERS = (*HYPERCORN, "--workers", "0")
 OURS = ("LLM_", "INFERENCE_", "API_KEY_ENV_VAR", "DEEPSEEK_", "OPENAI_", "LANG")
 
 
@@ -76,9 +77,9 @@ class ServerProcess:
             return now
         raise AssertionError(f"{what}: {now}; {self.console.read_text()[-2000:]}")
 
-    @property
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
+    def tell_all(self, number: signal.Signals) -> None:
+        """To it and its workers: Ctrl-C in a terminal, or a manager of services that wants to be sure."""
+        os.killpg(self.process.pid, number)
 
     async def ended(self) -> int:
         """The exit status, when the process has ended by itself."""
@@ -122,13 +123,15 @@ def server_process(
             cwd=Path(__file__).parent.parent,
             env=environment(LLM_BASE_URL=upstream_url, **variables),
             text=True,
+            start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=stderr,
         )
     try:
         yield ServerProcess(process, _address(process, command, port), console)
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -143,6 +146,8 @@ def _address(process: subprocess.Popen[str], command: tuple[str, ...], port: int
             with suppress(httpx2.TransportError):
                 if http.get(f"{url}/readyz").status_code == 200:
                     return url
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
     raise AssertionError("the server has ended before it was ready")
 
 

@@ -5,8 +5,8 @@ What well-behaved clients have is in `tests.harness`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 
 import attrs
 import pytest
@@ -70,6 +70,20 @@ async def connected(port: int, path: bytes = b"/echo", headers: bytes = b"") -> 
                 received += await stream.receive_some() or pytest.fail(f"no handshake: {bytes(received)!r}")
         head, _, rest = bytes(received).partition(b"\r\n\r\n")
         yield Client(stream, head, Connection(ConnectionType.CLIENT, trailing_data=rest))
+
+
+async def pour(client: Client, frames: Iterable[bytes]) -> None:
+    """Sends on until the server has closed the connection."""
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        for frame in frames:
+            await client.stream.send_all(frame)
+
+
+async def pour_out(stream: trio.SocketStream) -> None:
+    """Reads until the server has closed the connection."""
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        async for _ in stream:
+            pass
 
 
 async def everything(stream: trio.SocketStream) -> bytes:

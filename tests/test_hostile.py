@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
@@ -23,7 +23,7 @@ from tests import answers
 from tests.harness import PATIENCE, Client, Server
 from tests.processes import MEGABYTE, ServerProcess, as_server, reserved_port, server_process
 from tests.sockets import Client as RawClient
-from tests.sockets import connected
+from tests.sockets import connected, pour
 from tests.upstream import Request, Upstream, open_upstream
 
 LIMITS = {"write_timeout": 1.0, "ping_interval": 1.0, "pong_timeout": 4.0, "header_timeout": 3.0}
@@ -206,13 +206,6 @@ def masked(first: int, size: int) -> bytes:
     """The head of a frame with this first byte, and a mask of zeros."""
     length = bytes([0x80 + size]) if size < 126 else b"\xff" + size.to_bytes(8, "big")
     return bytes([first]) + length + bytes(4)
-
-
-async def pour(client: RawClient, frames: Iterator[bytes]) -> None:
-    """Sends on until the server has closed the connection."""
-    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        for frame in frames:
-            await client.stream.send_all(frame)
 
 
 def in_one_message() -> Iterator[bytes]:

@@ -13,18 +13,19 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TypeVar
 
 import attrs
-import h2.config
 import h2.connection
+import h2.errors
 import h2.events
-import hypercorn.protocol.h2
+import hypercorn.protocol
 import hypercorn.protocol.h11
+import hypercorn.trio
 import hypercorn.trio.run
 import pytest
 import trio
 from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio import serve
@@ -37,7 +38,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from wsproto.events import BytesMessage, CloseConnection, Message, Ping, TextMessage
 
 from inference_trio import hypercorn_fixes
-from inference_trio.hypercorn_fixes import BoundedWebsocket, ServerLimits, install
+from inference_trio.hypercorn_fixes import ServerLimits, install
+from inference_trio.hypercorn_streams import BoundedWebsocket
 from tests.sockets import HANDSHAKE, Client, connected, everything
 
 MEGABYTE = 2**20
@@ -54,10 +56,12 @@ def hypercorn_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Nothing in a test ends because a connection has lingered for long enough.
     """
+    for module in (hypercorn.trio, hypercorn.trio.run):
+        monkeypatch.setattr(module, "worker_serve", hypercorn_fixes.plain_worker_serve)
     monkeypatch.setattr(hypercorn.trio.run, "TCPServer", TCPServer)
-    for protocol in (hypercorn.protocol.h11, hypercorn.protocol.h2):
-        monkeypatch.setattr(protocol, "WSStream", WSStream)
-        monkeypatch.setattr(protocol, "HTTPStream", HTTPStream)
+    monkeypatch.setattr(hypercorn.protocol, "H11Protocol", H11Protocol)
+    monkeypatch.setattr(hypercorn.protocol.h11, "WSStream", WSStream)
+    monkeypatch.setattr(hypercorn.protocol.h11, "HTTPStream", HTTPStream)
     monkeypatch.setattr(hypercorn_fixes, "LINGER", HOUR)
 
 
@@ -274,27 +278,6 @@ async def test_without_it_compression_is_accepted() -> None:
         assert b"permessage-deflate" in client.head
 
 
-async def test_compression_is_not_accepted_over_http2() -> None:
-    install(LIMITS)
-    async with serving(ToyApp()) as port:
-        assert b"sec-websocket-extensions" not in await http2_handshake(port)
-
-
-async def test_without_it_compression_is_accepted_over_http2() -> None:
-    async with serving(ToyApp()) as port:
-        assert b"sec-websocket-extensions" in await http2_handshake(port)
-
-
-async def http2_handshake(port: int) -> dict[bytes, bytes]:
-    """The headers that answer a handshake as in RFC 8441 that offers compression."""
-    request = {":method": "CONNECT", ":protocol": "websocket", ":path": "/echo", "sec-websocket-version": "13"}
-    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-        connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
-        offer = request | {"sec-websocket-extensions": "permessage-deflate"}
-        response = await http2_response(stream, connection, h2.events.ResponseReceived, offer)
-    return dict(response.headers)
-
-
 @pytest.mark.parametrize(
     ("message", "echo"),
     [(TextMessage(data=""), "''"), (BytesMessage(data=b"\xff"), r"b'\xff'"), (BytesMessage(data=b""), "b''")],
@@ -460,23 +443,9 @@ async def test_a_connection_that_fails_is_logged_and_leaves_the_others_alone(
     assert "UnicodeDecodeError" in caplog.text
 
 
-async def test_late_data_of_http2_leaves_the_others_alone() -> None:
-    install(LIMITS)
-    async with serving(ToyApp()) as port:
-        await send_data_after_the_response(port)
-        async with connected(port) as client:
-            await client.send(TextMessage(data="still here"))
-            assert await client.message() == "'still here'"
-
-
 async def test_without_it_one_handshake_ends_the_whole_server() -> None:
     with pytest.RaisesGroup(UnicodeDecodeError, flatten_subgroups=True):
         await until_the_server_ends(send_handshake_that_is_not_ascii)
-
-
-async def test_without_it_late_data_of_http2_ends_the_whole_server() -> None:
-    with pytest.RaisesGroup(KeyError, flatten_subgroups=True):
-        await until_the_server_ends(send_data_after_the_response)
 
 
 async def until_the_server_ends(attack: Callable[[int], Awaitable[None]]) -> None:
@@ -492,30 +461,45 @@ async def send_handshake_that_is_not_ascii(port: int) -> None:
         assert await everything(stream) == b""
 
 
-async def send_data_after_the_response(port: int) -> None:
-    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-        connection = h2.connection.H2Connection(h2.config.H2Configuration())
-        await http2_response(stream, connection, h2.events.StreamEnded, {":method": "POST", ":path": "/unknown"})
-        connection.send_data(1, b"late")
-        await stream.send_all(connection.data_to_send())
-        await everything(stream)
+# HTTP/2
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
-EventT = TypeVar("EventT", bound=h2.events.Event)
+async def test_http2_is_answered_with_the_wish_for_http1() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(PREFACE)
+        client = h2.connection.H2Connection()
+        client.initiate_connection()
+        *_, event = client.receive_data(await everything(stream))
+        assert isinstance(event, h2.events.ConnectionTerminated)
+        assert event.error_code == h2.errors.ErrorCodes.HTTP_1_1_REQUIRED
 
 
-async def http2_response(
-    stream: trio.SocketStream, connection: h2.connection.H2Connection, kind: type[EventT], headers: dict[str, str]
-) -> EventT:
-    """Send a request without ending it; the first event of this kind that answers it."""
-    connection.initiate_connection()
-    connection.send_headers(1, list({":scheme": "http", ":authority": "localhost", **headers}.items()))
-    await stream.send_all(connection.data_to_send())
-    with trio.fail_after(10):
-        while True:
-            for event in connection.receive_data(await stream.receive_some()):
-                if isinstance(event, kind):
-                    return event
+async def test_without_it_http2_is_spoken() -> None:
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(PREFACE)
+        client = h2.connection.H2Connection()
+        client.initiate_connection()
+        settings, *_ = client.receive_data(await stream.receive_some())
+        assert isinstance(settings, h2.events.RemoteSettingsChanged)
+
+
+UPGRADE = POST % b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+
+
+async def test_an_upgrade_to_http2_is_ignored() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(UPGRADE)
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+
+
+async def test_without_it_an_upgrade_to_http2_is_made() -> None:
+    async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(UPGRADE)
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 101")
 
 
 # Bodies
