@@ -16,6 +16,7 @@ from collections import deque
 from typing import Any, Protocol
 
 import attrs
+import msgspec
 import trio
 
 from . import openrpc
@@ -93,6 +94,8 @@ class Connection:
     websocket: WebSocket
     session: Session
     subprotocol: str | None = None
+    traceparent: str | None = None
+    """The client's place in a trace, for tasks that name none of their own."""
     _answers: deque[str] = attrs.field(factory=deque)
     _backlog: int = 0
     _awake: trio.Event = attrs.field(factory=trio.Event)
@@ -157,13 +160,18 @@ class Connection:
     async def _call(self, call: Call) -> JsonObject | Cancelling | None:
         match call.params:
             case Generate() as params:
-                return _response(call, await self.session.generate(call, params))
+                return _response(call, await self.session.generate(call, self._traced(params)))
             case ToolResult() as params:
                 return _response(call, await self.session.tool_result(params))
             case Cancel(task_id=task_id):
                 return Cancelling(call, await self.session.cancel(task_id))
             case _:
                 return _response(call, openrpc.document())
+
+    def _traced(self, params: Generate) -> Generate:
+        if self.traceparent is None or params.traceparent is not None:
+            return params
+        return msgspec.structs.replace(params, traceparent=self.traceparent)
 
     async def _answer_later(self, frame: Frame, answers: list[Any]) -> None:
         self._answer(frame, [await answer.answer() if isinstance(answer, Cancelling) else answer for answer in answers])

@@ -24,6 +24,10 @@ class NamedToolChoice(Params, frozen=True):
     type: Literal["function"]
 
 
+TRACEPARENT = "^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$"
+"""W3C's Trace Context, section 3.2."""
+
+
 class Generate(Params, frozen=True):
     """Start a task. Sampling parameters mean what they mean in OpenAI's chat completions."""
 
@@ -45,6 +49,7 @@ class Generate(Params, frozen=True):
     response_format: JsonObject | None = None
     reasoning_effort: NonEmpty | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    traceparent: Annotated[str, Meta(pattern=TRACEPARENT)] | None = None
 
     def __post_init__(self) -> None:
         if not self.history and not self.message:

@@ -26,7 +26,7 @@ from .task import Task, TaskState, outcome_of
 
 logger = logging.getLogger(__name__)
 
-_NO_PARAMETERS = ("history", "message", "tools", "model")
+_NO_PARAMETERS = ("history", "message", "tools", "model", "traceparent")
 _PARAMETERS = {name: name for name in Generate.__struct_fields__ if name not in _NO_PARAMETERS} | {
     "max_new_tokens": "max_tokens"
 }
@@ -76,6 +76,7 @@ class RunningTasks:
             tools=offered,
             parameters=_parameters(params),
             observers=self.observers,
+            traceparent=params.traceparent,
         )
 
     def start(self, runner: Runner, dismiss: Callable[[Runner], None]) -> None:

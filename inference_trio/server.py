@@ -55,6 +55,7 @@ from .runner import Model
 from .session import RETRY_AFTER, Session
 from .settings import Settings, environment_warnings
 from .store import CLOSING_TIME, SessionStore
+from .tracing import Tracing, open_tracing
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     for line in environment_warnings(os.environ):
         logger.warning("%s", line)
     opening = nullcontext(model) if model else open_model(settings)
-    service = Service(settings, opening, Access.of(settings))
+    service = Service(settings, opening, Access.of(settings), open_tracing(settings, os.environ))
     limits = ServerLimits(settings.max_message_bytes, settings.max_connections)
     install(limits, Hooks(service.before_start, service.drain, partial(watch_signals, settings.drain_seconds)))
     app = QuartTrio(__package__, static_folder=None)
@@ -105,17 +106,21 @@ class Service:
     settings: Settings
     opening_model: AbstractAsyncContextManager[Model]
     access: Access
+    tracing: Tracing | None = None
     metrics: Metrics = attrs.field(default=attrs.Factory(_metrics, takes_self=True))
     _store: SessionStore | None = None
 
     def register(self, app: QuartTrio) -> None:
         async def start() -> None:
             model: Model = await app.nursery.start(_hold, self.opening_model)
-            self._store = SessionStore(self.settings, model, app.nursery, [self.metrics])
+            observers = [self.metrics, self.tracing] if self.tracing else [self.metrics]
+            self._store = SessionStore(self.settings, model, app.nursery, observers)
             app.nursery.start_soon(self.metrics.watch_event_loop)
             app.nursery.start_soon(self.metrics.serve)
 
         app.before_serving(start)
+        if self.tracing:
+            app.after_serving(self.tracing.aclose)
         app.post("/create_session")(self.create_session)
         app.post("/sessions/<session_id>/ticket")(self.issue_ticket)
         app.get("/healthz")(self.healthz)
@@ -188,7 +193,8 @@ class Service:
         session = await self._session_for_ticket(session_id, ticket_among(offered))
         if session is None:
             session = await self._session_of(self._owner(socket.headers), session_id)
-        connection = Connection(socket, session, SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        subprotocol = SUBPROTOCOL if SUBPROTOCOL in offered else None
+        connection = Connection(socket, session, subprotocol, socket.headers.get("traceparent"))
         await session.attach(connection, _after(socket.args.get("after")))
         await connection.run()
 

@@ -120,9 +120,13 @@ class Server:
         return response.json()["session_id"]
 
     @asynccontextmanager
-    async def connect(self, session_id: str, query: str = "") -> AsyncIterator[Client]:
+    async def connect(self, session_id: str, query: str = "", **headers: str) -> AsyncIterator[Client]:
         url = f"{self.url.replace('http', 'ws')}/ws/{session_id}{query}"
-        async with trio_websocket.open_websocket_url(url, max_message_size=2**26) as socket:
+        async with trio_websocket.open_websocket_url(
+            url,
+            extra_headers=[(name.encode(), value.encode()) for name, value in headers.items()],
+            max_message_size=2**26,
+        ) as socket:
             try:
                 yield Client(socket, session_id)
             finally:
@@ -134,6 +138,13 @@ class Server:
         """A connection to a new session."""
         async with self.connect(await self.create_session(**body)) as client:
             yield client
+
+
+@asynccontextmanager
+async def reaching(url: str) -> AsyncIterator[Server]:
+    """A server that runs already, and is not ours to stop."""
+    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE, verify=False) as client:
+        yield Server(url, client, trio.Event())
 
 
 @asynccontextmanager

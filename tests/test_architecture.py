@@ -71,6 +71,8 @@ ORDER = (
     "hypercorn_streams",
     "hypercorn_fixes",
     "metrics",
+    "spans",
+    "tracing",
     "process",
     "playground",
     "server",

@@ -165,12 +165,12 @@ async def deployed(folder: Path, *script: Any, **changes: Any) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def server_process(folder: Path, upstream: Upstream) -> AsyncIterator[str]:
+async def server_process(folder: Path, upstream: Upstream, **variables: str) -> AsyncIterator[str]:
     """The URL of ``inference-trio serve`` in a process of its own."""
     await trio.Path(folder).mkdir()
     port = str(free_port())
-    variables = {"LLM_BASE_URL": upstream.base_url, "DEEPSEEK_API_KEY": KEY, "INFERENCE_DRAIN_SECONDS": "0"}
-    options = {"cwd": folder, "env": environment(**variables), "stdout": subprocess.DEVNULL}
+    ours = {"LLM_BASE_URL": upstream.base_url, "DEEPSEEK_API_KEY": KEY, "INFERENCE_DRAIN_SECONDS": "0"}
+    options = {"cwd": folder, "env": environment(**ours, **variables), "stdout": subprocess.DEVNULL}
     async with started([*SERVE, "--port", port], **options) as process:
         await wait_until_ready(process, f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"

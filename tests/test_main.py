@@ -27,7 +27,7 @@ STARTS_WITHIN = 60  # seconds; only a defect takes so long
 
 
 def environment(**variables: str) -> dict[str, str]:
-    ours = ("LLM_", "INFERENCE_", "API_KEY_ENV_VAR", "DEEPSEEK_", "OPENAI_", "LANG")
+    ours = ("LLM_", "INFERENCE_", "API_KEY_ENV_VAR", "DEEPSEEK_", "OPENAI_", "LANG", "OTEL_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return inherited | variables
 

@@ -60,6 +60,7 @@ GOOD: dict[str, list[Any]] = {
     "response_format": [{}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x"}}],
     "reasoning_effort": ["high", "of the next model"],
     "logit_bias": [{}, {"50256": -100, "5": 100, "6": 0.5}],
+    "traceparent": ["00-" + "a" * 32 + "-" + "b" * 16 + "-01"],
 }
 
 BAD: dict[str, list[tuple[Any, str, str]]] = {
@@ -108,6 +109,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ({"5": -101}, "[...]", ">= -100"),
         ({"5": None}, "[...]", "`float`"),
     ],
+    "traceparent": [("", "", "regex"), ("00-" + "A" * 32 + "-" + "b" * 16 + "-01", "", "regex"), (5, "", "str | null")],
 }
 
 
