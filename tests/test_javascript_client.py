@@ -405,7 +405,7 @@ DIALLING = """
 // One generation at each address that the test names. Only the WebSocket goes there, the rest to the server.
 const direct = (target, init) => fetch(String(target).replace(/127.0.0.1:[0-9]+/, new URL(url).host), init);
 for (let address; (address = await hear()) !== null; ) {
-  const session = await createSession(address, { tools: [look], fetch: direct, pingEvery: 50, ...fast });
+  const session = await createSession(address, { tools: [look], fetch: direct, pingEvery: 200, ...fast });
   const generation = session.generate("hi");
   const events = await all(generation);
   const text = events.map((event) => event.type === "text" ? event.text : "").join("");

@@ -34,6 +34,9 @@ export class Answer {
   #writing = null;
   /** @type {Map<string, Call>} */
   #calls = new Map();
+  #parts = h("div", { class: "parts" });
+  #notice = h("p", { class: "event", hidden: true });
+  #hasGap = false;
   #waiting = h("div", { class: "waiting", role: "img", "aria-label": "Waiting for the model" }, h("i"), h("i"), h("i"));
 
   /** @param {() => void} change @param {(name: string) => string} icons the icon of a tool */
@@ -43,7 +46,9 @@ export class Answer {
     this.element = h(
       "article",
       { class: "answer is-streaming", "aria-busy": "true", "aria-label": "Answer" },
+      this.#parts,
       this.#waiting,
+      this.#notice,
     );
   }
 
@@ -52,6 +57,7 @@ export class Answer {
     try {
       for await (const event of generation) this.#show(event);
       this.result = await generation.result;
+      if (this.#hasGap) this.#showWhole(this.result.text);
       this.#end(this.result.status, this.result.text, this.result.usage);
     } catch (error) {
       this.#fail(/** @type {InferenceError} */ (error), generation.text);
@@ -72,21 +78,32 @@ export class Answer {
       this.#writing?.append(event.text);
       return;
     }
-    if (event.type === "end") return;
-    this.#close();
     if (event.type === "toolCall") this.#call(event);
     if (event.type === "toolResult") {
       this.#calls.get(event.id)?.answered(event);
-      this.element.append(this.#waiting);
+      this.#notice.before(this.#waiting);
     }
-    if (event.type === "disconnected") this.#add(h("p", { class: "event" }, "The line is cut"));
+    if (event.type === "disconnected") this.#notify("The line is cut", "bad");
     if (event.type === "resumed") {
-      const kept = event.gap
-        ? "Resumed; a part of it is no longer kept"
-        : "Resumed where it was: nothing lost, nothing twice";
-      this.#add(h("p", { class: event.gap ? "event" : "event good" }, kept));
+      this.#hasGap ||= event.gap;
+      if (event.gap) this.#notify("The line was cut. What is missing comes with the end", "bad");
+      else this.#notify("The line was cut, and resumed where it was: nothing lost, nothing twice", "good");
     }
     this.#change();
+  }
+
+  /** @param {string} words @param {"good" | "bad"} mood */
+  #notify(words, mood) {
+    this.#notice.textContent = words;
+    this.#notice.dataset.mood = mood;
+    this.#notice.hidden = false;
+  }
+
+  /** In place of text with a gap. @param {string} text */
+  #showWhole(text) {
+    for (const prose of this.#parts.querySelectorAll(".prose")) prose.remove();
+    this.#open("text");
+    this.#writing?.append(text);
   }
 
   /** @param {"text" | "reasoning"} type */
@@ -133,6 +150,7 @@ export class Answer {
 
   /** @param {ToolCall} event */
   #call(event) {
+    this.#close();
     const call = new Call(event, this.#icons(event.name));
     this.#calls.set(event.id, call);
     this.#add(call.element);
@@ -141,8 +159,7 @@ export class Answer {
 
   /** @template {HTMLElement} T @param {T} element @returns {T} */
   #add(element) {
-    if (this.#waiting.isConnected) this.#waiting.before(element);
-    else this.element.append(element);
+    this.#parts.append(element);
     return element;
   }
 

@@ -48,7 +48,7 @@
  * @property {typeof fetch} [fetch] in place of the global one, for instance to have a backend of your own add the token
  * @property {number} [giveUpAfter] milliseconds without a connection after which running generations fail (120,000)
  * @property {number} [pingEvery] milliseconds of silence after which a connection in use is asked for a sign of life
- *   (10,000); one that gives none in as many is given up for a new one
+ *   (10,000); one that gives none in as many is given up for a new one, and so is a handshake
  * @property {(attempt: number) => number} [backoff] milliseconds before the attempt, from 0, to connect again
  * @property {new (url: string, protocols: string[]) => WebSocketLike} [WebSocket] where there is no global one: Node 20
  *   without `--experimental-websocket` takes the class of the package `ws`
@@ -103,9 +103,10 @@
  *   | ({ type: "end" } & Result)} GenerationEvent
  */
 
-const HANDSHAKE_LIMIT = 10_000;
+const REQUEST_LIMIT = 10_000;
 const HEALTHY_AFTER = 10_000;
 const PING_EVERY = 10_000;
+const CLOSE_LIMIT = 100;
 const GIVE_UP_AFTER = 120_000;
 const TAKEN_OVER = 4409;
 const TOO_BIG = 1009;
@@ -463,7 +464,7 @@ export class Session {
         method: "POST",
         headers: { "Content-Type": "application/json", ...(token && { Authorization: `Bearer ${token}` }) },
         body: JSON.stringify(body),
-        signal: AbortSignal.timeout(HANDSHAKE_LIMIT),
+        signal: AbortSignal.timeout(REQUEST_LIMIT),
       });
     } catch (cause) {
       throw new InferenceError(`Cannot reach ${url.origin}`, "unreachable", {}, { cause });
@@ -492,18 +493,20 @@ export class Session {
         gone(0);
         socket.close();
       };
-      const timer = setTimeout(drop, HANDSHAKE_LIMIT);
+      const patience = this.#options.pingEvery ?? PING_EVERY;
+      const timer = setTimeout(drop, patience);
       /** @type {ReturnType<typeof setInterval> | undefined} */
       let pulse;
       this.#socket = socket;
       this.#interrupt = drop;
       socket.addEventListener("open", () => {
         clearTimeout(timer);
-        pulse = this.#watch(drop);
+        pulse = this.#watch(patience, drop);
       });
       socket.addEventListener("message", ({ data }) => this.#socket === socket && this.#receive(JSON.parse(data)));
       socket.addEventListener("close", ({ code }) => gone(code));
-      socket.addEventListener("error", () => {}); // a close follows, which says all there is to say
+      // The event `close` follows and says more; but not with Node's, where the handshake failed.
+      socket.addEventListener("error", () => setTimeout(gone, CLOSE_LIMIT, 1006));
     });
   }
 
@@ -511,9 +514,10 @@ export class Session {
    * Finds out whether the line is dead without having said so. A page cannot send a WebSocket's own ping; cancelling
    * what there is not is answered at once and changes nothing.
    *
+   * @param {number} patience
    * @param {() => void} drop
    */
-  #watch(drop) {
+  #watch(patience, drop) {
     let isAsked = false;
     return setInterval(() => {
       const isInUse = this.#tasks.size > 0 || this.#queue.length > 0;
@@ -523,7 +527,7 @@ export class Session {
         isAsked = true;
         this.#call("cancel", { task_id: "none" });
       }
-    }, this.#options.pingEvery ?? PING_EVERY);
+    }, patience);
   }
 
   /** @param {number} code */
