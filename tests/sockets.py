@@ -72,11 +72,11 @@ async def connected(port: int, path: bytes = b"/echo", headers: bytes = b"") -> 
         yield Client(stream, head, Connection(ConnectionType.CLIENT, trailing_data=rest))
 
 
-async def pour(client: Client, frames: Iterable[bytes]) -> None:
+async def pour(stream: trio.SocketStream, pieces: Iterable[bytes]) -> None:
     """Sends on until the server has closed the connection."""
     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        for frame in frames:
-            await client.stream.send_all(frame)
+        for piece in pieces:
+            await stream.send_all(piece)
 
 
 async def pour_out(stream: trio.SocketStream) -> None:

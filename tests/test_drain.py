@@ -115,7 +115,7 @@ async def not_reading(it: Serving) -> AsyncIterator[None]:
     async with connected_to_a_session(it) as client:
         question = client.connection.send(TextMessage(data='{"jsonrpc": "2.0", "id": 1, "method": "rpc.discover"}'))
         with trio.move_on_after(0.05):
-            await pour(client, itertools.repeat(question * 100))
+            await pour(client.stream, itertools.repeat(question * 100))
         yield
 
 
@@ -129,7 +129,7 @@ async def half_open(it: Serving) -> AsyncIterator[None]:
 @asynccontextmanager
 async def flooding(it: Serving) -> AsyncIterator[None]:
     async with connected_to_a_session(it) as client, trio.open_nursery() as nursery:
-        nursery.start_soon(pour, client, itertools.repeat(client.connection.send(Ping(payload=b"x"))))
+        nursery.start_soon(pour, client.stream, itertools.repeat(client.connection.send(Ping(payload=b"x"))))
         nursery.start_soon(pour_out, client.stream)
         yield
         nursery.cancel_scope.cancel()
