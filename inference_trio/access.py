@@ -51,6 +51,10 @@ class Owner:
     _spent: float = 0.0
     _spent_at: float = 0.0
 
+    @property
+    def too_many_requests(self) -> str:
+        return f"There may be {self.requests_per_minute} requests a minute"
+
     def spend_request(self, now: float) -> None:
         """Counts a request at ``now`` (seconds). Raises OverloadedError where it is one too many.
 
@@ -61,8 +65,7 @@ class Owner:
         rate = self.requests_per_minute / 60
         spent = max(0.0, self._spent - (now - self._spent_at) * rate)
         if spent + 1 > self.requests_per_minute:
-            too_many = f"There may be {self.requests_per_minute} requests a minute"
-            raise OverloadedError(too_many, retry_after=(spent + 1 - self.requests_per_minute) / rate)
+            raise OverloadedError(self.too_many_requests, retry_after=(spent + 1 - self.requests_per_minute) / rate)
         self._spent, self._spent_at = spent + 1, now
 
 
@@ -77,10 +80,10 @@ class Ticket:
     def issue(cls, now: float) -> tuple[str, Ticket]:
         """A new ticket's text, and what is to be kept of it."""
         text = secrets.token_urlsafe(24)
-        return text, cls(_digest(text), now + TICKET_LIFETIME)
+        return text, cls(digest(text), now + TICKET_LIFETIME)
 
     def is_good(self, text: str, now: float) -> bool:
-        return hmac.compare_digest(self.digest, _digest(text)) and now < self.expires
+        return hmac.compare_digest(self.digest, digest(text)) and now < self.expires
 
 
 def ticket_among(subprotocols: list[str]) -> str | None:
@@ -100,7 +103,7 @@ class Access:
     @classmethod
     def of(cls, settings: Settings) -> Access:
         owners = {
-            _digest(token.reveal()): Owner(
+            digest(token.reveal()): Owner(
                 name,
                 max_sessions=settings.max_sessions_per_token,
                 max_tasks=settings.max_tasks_per_token,
@@ -119,7 +122,12 @@ class Access:
         if not self.needs_token:
             return self.anyone
         scheme, _, token = (authorization or "").partition(" ")
-        return self.owners.get(_digest(token.strip())) if scheme.lower() == "bearer" else None
+        return self.owners.get(digest(token.strip())) if scheme.lower() == "bearer" else None
+
+    def owner_named(self, name: str) -> Owner | None:
+        """The owner of this name, empty where no token is asked for; ``None`` where there is no such token any more."""
+        owners = self.owners.values() if self.needs_token else (self.anyone,)
+        return next((owner for owner in owners if (owner.name or "") == name), None)
 
     def admits(self, origin: str, host: str) -> bool:
         """Whether a page from ``origin`` may use the server that it reached as ``host``."""
@@ -159,5 +167,6 @@ def _address(url: str) -> tuple[str, int | None] | None:
     return (parts.hostname, port) if parts.hostname else None
 
 
-def _digest(secret: str) -> bytes:
+def digest(secret: str) -> bytes:
+    """What is kept of a secret."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()

@@ -23,8 +23,7 @@ from . import openrpc
 from .chat import JsonObject
 from .errors import InferenceError, InternalError
 from .jsonrpc import Call, Frame, Invalid, decode, encode, failure, notification, response
-from .outbox import Entry
-from .protocol import Accepted, Cancel, Cancelled, Generate, Notification, Started, ToolResult
+from .protocol import Accepted, Cancel, Cancelled, Generate, Kept, Notification, Started, ToolResult
 from .session import Attachment
 
 INTERNAL_ERROR = 1011
@@ -58,6 +57,16 @@ class Ending(Protocol):
         """Waits until all have ended; the ids of those that the cancelling has ended."""
 
 
+class Numbered(Protocol):
+    """A notification of a task under its number."""
+
+    @property
+    def seq(self) -> int: ...
+
+    @property
+    def note(self) -> Notification | Kept: ...
+
+
 class Session(Protocol):
     """What is needed of a session; see `session.Session` for what the methods do.
 
@@ -67,7 +76,7 @@ class Session(Protocol):
     @property
     def id(self) -> str: ...
 
-    def take(self, connection: Attachment) -> Entry | None: ...
+    def take(self, connection: Attachment) -> Numbered | None: ...
 
     def detach(self, connection: Attachment) -> None: ...
 

@@ -58,6 +58,10 @@ class InvalidRequestError(InferenceError):
     code = -32600
 
 
+class NoSuchSessionError(InvalidRequestError):
+    """The session is unknown or has expired."""
+
+
 class MethodNotFoundError(InferenceError):
     """There is no method of this name."""
 

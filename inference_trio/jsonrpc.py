@@ -23,7 +23,7 @@ from .errors import (
     MethodNotFoundError,
     ParseError,
 )
-from .protocol import METHODS, Notification
+from .protocol import METHODS, Kept, Notification
 
 MAX_DEPTH = 100
 """Nesting of arrays and objects in a frame; far below what the JSON and HTTP libraries can still write."""
@@ -203,10 +203,11 @@ def failure(request_id: RequestId, error: InferenceError) -> JsonObject:
     return {"jsonrpc": "2.0", "id": request_id, "error": error.to_wire()}
 
 
-def notification(session_id: str, note: Notification, seq: int | None = None) -> JsonObject:
+def notification(session_id: str, note: Notification | Kept, seq: int | None = None) -> JsonObject:
     """The notification as it goes out; ``seq`` where it belongs to a task."""
     numbered = {} if seq is None else {"seq": seq}
-    params = {"session_id": session_id, **msgspec.structs.asdict(note), **numbered}
+    fields = note.fields if isinstance(note, Kept) else msgspec.structs.asdict(note)
+    params = {"session_id": session_id, **fields, **numbered}
     return {"jsonrpc": "2.0", "method": note.method, "params": params}
 
 

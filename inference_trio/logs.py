@@ -50,7 +50,8 @@ def configure_logging(settings: Settings) -> Callable[[], None]:
     """
     root = logging.getLogger()
     sinks = [logging.StreamHandler(), *_file_sinks(settings.log_file)]
-    handler = _LineQueue(_LineFormatter(settings.log_format, [*settings.auth_tokens.values(), settings.api_key]), sinks)
+    hidden = [*settings.auth_tokens.values(), settings.api_key, settings.store_password]
+    handler = _LineQueue(_LineFormatter(settings.log_format, hidden), sinks)
     for earlier in [other for other in root.handlers if isinstance(other, _LineQueue)]:
         earlier.close()
     root.addHandler(handler)

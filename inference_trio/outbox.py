@@ -99,6 +99,11 @@ class Outbox:
         return self._sent_bytes + self._unsent_bytes
 
     @property
+    def unsent(self) -> int:
+        """Bytes that wait to be taken."""
+        return self._unsent_bytes
+
+    @property
     def is_full(self) -> bool:
         """Whether a producer has to wait until something is taken."""
         return self._unsent_bytes >= (1 if self.budget.is_exceeded else self.limit // 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from .chat import Content, JsonObject, Message, NonEmpty, Params, Tool, ToolName, check_tools
 
@@ -199,6 +199,13 @@ class Draining(Notification, frozen=True):
 
     method: ClassVar[str] = "draining"
     deadline: float
+
+
+class Kept(Struct, frozen=True):
+    """A notification as it was kept: its parameters, each still as JSON."""
+
+    method: str
+    fields: dict[str, Raw]
 
 
 NOTIFICATIONS: tuple[type[Notification], ...] = (

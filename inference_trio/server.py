@@ -40,6 +40,7 @@ from .errors import (
     InternalError,
     InvalidParamsError,
     InvalidRequestError,
+    NoSuchSessionError,
     OverloadedError,
     ParseError,
 )
@@ -52,9 +53,10 @@ from .model import ChatModel, build_model
 from .process import raise_file_limit, watch_signals
 from .protocol import Created, CreateSession, NewTicket
 from .runner import Model
-from .session import RETRY_AFTER, Session
+from .session import RETRY_AFTER
 from .settings import Settings, environment_warnings
-from .store import CLOSING_TIME, SessionStore
+from .store import CLOSING_TIME
+from .stores import Session, Store, check_store, open_store
 from .tracing import Tracing, open_tracing
 
 T = TypeVar("T")
@@ -65,7 +67,7 @@ _SEVERAL_WORKERS = (
     "inference_trio: {} workers would not know each other's sessions, which are in memory: use one worker"
 )
 
-_STATUS = {ParseError: 400, InvalidParamsError: 422, OverloadedError: 503}
+_STATUS = {ParseError: 400, NoSuchSessionError: 404, InvalidParamsError: 422, OverloadedError: 503}
 
 
 def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
@@ -75,6 +77,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     """
     for line in environment_warnings(os.environ):
         logger.warning("%s", line)
+    check_store(settings)
     opening = nullcontext(model) if model else open_model(settings)
     service = Service(settings, opening, Access.of(settings), open_tracing(settings, os.environ))
     limits = ServerLimits(settings.max_message_bytes, settings.max_connections)
@@ -108,13 +111,14 @@ class Service:
     access: Access
     tracing: Tracing | None = None
     metrics: Metrics = attrs.field(default=attrs.Factory(_metrics, takes_self=True))
-    _store: SessionStore | None = None
+    _store: Store | None = None
 
     def register(self, app: QuartTrio) -> None:
         async def start() -> None:
             model: Model = await app.nursery.start(_hold, self.opening_model)
             observers = [self.metrics, self.tracing] if self.tracing else [self.metrics]
-            self._store = SessionStore(self.settings, model, app.nursery, observers)
+            opening = open_store(self.settings, model, app.nursery, self.access, observers)
+            self._store = await app.nursery.start(_hold, opening)
             app.nursery.start_soon(self.metrics.watch_event_loop)
             app.nursery.start_soon(self.metrics.serve)
 
@@ -135,7 +139,7 @@ class Service:
 
         Raises OSError where the port for the metrics cannot be had.
         """
-        if config.workers > 1:
+        if config.workers > 1 and self.settings.is_in_memory:
             print(_SEVERAL_WORKERS.format(config.workers), file=sys.stderr)  # noqa: T201 (the app's line, see app.py)
             raise SystemExit(2)
         if self.settings.metrics_port:
@@ -155,7 +159,7 @@ class Service:
             await self._store.drain()
 
     @property
-    def store(self) -> SessionStore:
+    def store(self) -> Store:
         """Raises OverloadedError until the server is ready."""
         if self._store is None:
             raise OverloadedError("The server is not ready", retry_after=RETRY_AFTER)
@@ -176,7 +180,7 @@ class Service:
         return _json({"status": "ok"})
 
     async def readyz(self) -> Response:
-        self.store.refuse_when_draining()
+        self.store.check_ready()
         return _json({"status": "ready"})
 
     async def openrpc(self) -> Response:

@@ -165,6 +165,9 @@ class Session:
         if self.attached:
             self.attached.wake()
 
+    async def settle(self) -> None:
+        """Nothing: what the tasks have told is in the outbox at once."""
+
     async def wait_for_room(self) -> None:
         while self.outbox.is_full:
             if self._room is None:

@@ -13,12 +13,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import attrs
 from dotenv import dotenv_values
 
 from .errors import ConfigurationError
 from .variables import (
+    MEMORY_STORE,
     Secret,
     Variable,
     boolean,
@@ -31,6 +33,7 @@ from .variables import (
     printable,
     seconds,
     setting,
+    store_url,
     token_pairs,
     url,
     variable_name,
@@ -75,6 +78,12 @@ class Settings:
     )
     stream_usage: bool = setting("INFERENCE_STREAM_USAGE", boolean, True, "ask the provider for usage")
 
+    store: Secret = setting(  # noqa: RUF009 - an attrs field, with a Secret for its default
+        "INFERENCE_STORE",
+        store_url,
+        Secret(MEMORY_STORE),
+        "where sessions are kept: memory://, or redis://host:port/db",
+    )
     max_sessions: int = setting("INFERENCE_MAX_SESSIONS", integer(), 10_000, "sessions kept")
     session_ttl: float = setting("INFERENCE_SESSION_TTL", seconds(), 3600.0, "idle time after which a session ends")
     max_tasks: int = setting("INFERENCE_MAX_TASKS", integer(), 1000, "tasks running at a time")
@@ -134,6 +143,16 @@ class Settings:
         "INFERENCE_LOG_FORMAT", one_of("text", "json"), "text", "`text`, or `json` for JSON lines"
     )
     log_content: bool = setting("INFERENCE_LOG_CONTENT", boolean, False, "whether prompts and answers may be logged")
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether sessions are known to this process alone."""
+        return self.store.reveal() == MEMORY_STORE
+
+    @property
+    def store_password(self) -> Secret | None:
+        password = urlsplit(self.store.reveal()).password
+        return Secret(unquote(password)) if password else None
 
     @classmethod
     def variables(cls) -> dict[str, Variable]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import attrs
 import msgspec
@@ -21,7 +22,8 @@ from .outbox import Budget, Outbox
 from .protocol import CreateSession, Draining
 from .report import Census, Observer
 from .runner import Model
-from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Session
+from .running import RunnersEnding, RunningTasks
+from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Attachment, Session
 from .settings import Settings
 from .task import TaskState
 
@@ -70,12 +72,11 @@ class SessionStore:
         _check_count("sessions", len(self), self.settings.max_sessions, "on the server")
         owner.spend_request(trio.current_time())
         tools = [tool.to_openai() for tool in params.tools or ()]
-        window = self.settings.resume_window
         session = Session(
             id=secrets.token_urlsafe(24),
             owner=owner,
             tools=tools,
-            resume_window=window if params.resume_window is None else min(window, params.resume_window),
+            resume_window=resume_window(self.settings, params),
             size=_SESSION_BYTES + BYTES_PER_BYTE_OF_JSON * len(msgspec.json.encode(tools)),
             store=self,
             outbox=Outbox(self.settings.outbox_bytes, self.budget),
@@ -149,18 +150,9 @@ class SessionStore:
         self.budget.used -= session.size + session.outbox.size
 
     def census(self) -> Census:
-        sessions = self._sessions.values()
-        tasks = dict.fromkeys((TaskState.STREAMING, TaskState.AWAITING_TOOLS), 0)
-        for runner in (runner for session in sessions for runner in session.runners.values()):
-            if runner.task.state in tasks:  # it may have ended just now
-                tasks[runner.task.state] += 1
-        return Census(
-            sessions=len(self),
-            connections=sum(session.attached is not None for session in sessions),
-            tasks=tasks,
-            outbox_bytes=sum(session.outbox.size for session in sessions),
-            held_bytes=self.budget.used,
-        )
+        sessions = list(self._sessions.values())
+        outbox_bytes = sum(session.outbox.size for session in sessions)
+        return census_of(sessions, len(sessions), outbox_bytes, self.budget.used)
 
     async def drain(self) -> None:
         """Stops: refuses sessions and tasks, lets the running ones end in time, cancels the rest, and closes.
@@ -169,32 +161,86 @@ class SessionStore:
         """
         limit = self.settings.drain_seconds
         self.drains_until = trio.current_time() + limit
-        for session in self._sessions.values():
-            if session.attached:
-                session.attached.tell(Draining(limit))
-        await self._wait_for_tasks(limit)
-        for session in self._sessions.values():
-            session.tasks.cancel()
-        await self._wait_for_tasks(CLOSING_TIME)
-        connections = [session.attached for session in self._sessions.values() if session.attached]
-        for connection in connections:
-            connection.close(SERVICE_RESTART)
-        with trio.move_on_after(CLOSING_TIME):
-            for connection in connections:
-                await connection.closed.wait()
-
-    async def _wait_for_tasks(self, limit: float) -> None:
-        with trio.move_on_after(limit):
-            for runner in [runner for session in self._sessions.values() for runner in session.runners.values()]:
-                await runner.ended.wait()
+        await wind_down(lambda: list(self._sessions.values()), limit)
 
     def refuse_when_draining(self) -> None:
         """Raises OverloadedError where the server is stopping."""
-        if self.drains_until is not None:
-            left = max(self.drains_until - trio.current_time(), RETRY_AFTER)
-            raise OverloadedError("The server is stopping", retry_after=left)
+        refuse_when_draining(self.drains_until)
+
+    def check_ready(self) -> None:
+        """Raises OverloadedError where new clients had better go elsewhere."""
+        self.refuse_when_draining()
+
+
+def refuse_when_draining(until: float | None) -> None:
+    if until is not None:
+        left = max(until - trio.current_time(), RETRY_AFTER)
+        raise OverloadedError("The server is stopping", retry_after=left)
+
+
+class InUse(Protocol):
+    """What is needed of a session to count and to stop it."""
+
+    tasks: RunningTasks
+
+    @property
+    def attached(self) -> Attachment | None: ...
+
+    async def settle(self) -> None:
+        """Returns when what the tasks here have told is where a connection takes it."""
+
+
+async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float) -> None:
+    """Lets the tasks end within ``limit`` seconds, cancels the rest, and closes the connections."""
+    for connection in _connections(sessions()):
+        connection.tell(Draining(limit))
+    await _wait_for_tasks(sessions, limit)
+    for session in sessions():
+        session.tasks.cancel()
+    await _wait_for_tasks(sessions, CLOSING_TIME)
+    connections = _connections(sessions())
+    for connection in connections:
+        connection.close(SERVICE_RESTART)
+    with trio.move_on_after(CLOSING_TIME):
+        for connection in connections:
+            await connection.closed.wait()
+
+
+async def _wait_for_tasks(sessions: Callable[[], Sequence[InUse]], limit: float) -> None:
+    with trio.move_on_after(limit):
+        for session in sessions():
+            await RunnersEnding(list(session.tasks.runners.values())).ended()
+            await session.settle()
+
+
+def census_of(sessions: Sequence[InUse], kept: int, outbox_bytes: int, held_bytes: int) -> Census:
+    tasks = dict.fromkeys((TaskState.STREAMING, TaskState.AWAITING_TOOLS), 0)
+    for runner in (runner for session in sessions for runner in session.tasks.runners.values()):
+        if runner.task.state in tasks:  # it may have ended just now
+            tasks[runner.task.state] += 1
+    return Census(
+        sessions=kept,
+        connections=len(_connections(sessions)),
+        tasks=tasks,
+        outbox_bytes=outbox_bytes,
+        held_bytes=held_bytes,
+    )
+
+
+def _connections(sessions: Sequence[InUse]) -> list[Attachment]:
+    return [session.attached for session in sessions if session.attached]
+
+
+def resume_window(settings: Settings, params: CreateSession) -> float:
+    """The server's own (seconds), or less where less is asked for."""
+    own = settings.resume_window
+    return own if params.resume_window is None else min(own, params.resume_window)
+
+
+def too_many(what: str, limit: int, where: str) -> OverloadedError:
+    return OverloadedError(f"There are too many {what} {where}: {limit} at the most", retry_after=RETRY_AFTER)
 
 
 def _check_count(what: str, count: int, limit: int | None, where: str) -> None:
     if limit is not None and count >= limit:
-        raise OverloadedError(f"There are too many {what} {where}: {limit} at the most", retry_after=RETRY_AFTER)
+        raise too_many(what, limit, where)

@@ -21,6 +21,8 @@ from .errors import ConfigurationError
 SHORTEST_KEY = 6
 """Characters. What is shorter is a stand-in such as "none", and a common word: it is not hidden where it occurs."""
 
+MEMORY_STORE = "memory://"
+
 _LARGEST_INTEGER = 2**31 - 1
 _LONGEST_SECONDS = 1e9  # what a thread may wait for ends at about 9.2e9 (`threading.TIMEOUT_MAX`)
 _SHOWN_CHARACTERS = 80
@@ -155,6 +157,18 @@ def url(text: str) -> str:
         refused = _HiddenValueError if "@" in text else ValueError  # what stands before an @ may be a password
         raise refused("an http or https URL such as https://api.deepseek.com/v1, without credentials or query")
     return text.rstrip("/")
+
+
+def store_url(text: str) -> Secret:
+    """Where sessions are kept. The whole URL is hidden: it may hold a password."""
+    try:
+        url = urlsplit(text)
+        is_redis = bool(url.scheme in {"redis", "rediss"} and url.hostname and url.port != 0)
+    except ValueError:  # its brackets or its port are none
+        is_redis = False
+    if text != MEMORY_STORE and not (is_redis and re.fullmatch("[!-~]+", text)):
+        raise _HiddenValueError(f"{MEMORY_STORE}, or a URL such as redis://:password@host:6379/0 (rediss:// with TLS)")
+    return Secret(text)
 
 
 # Fields

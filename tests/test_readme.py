@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from inference_trio.settings import Settings
+from inference_trio.variables import Secret
 from tests import answers
 from tests.harness import KEY, PATIENCE, open_server, settings
 from tests.javascript import NODE, WEB, without
@@ -36,6 +37,8 @@ def table_of_settings() -> str:
 def written(value: object) -> str:
     if value is None or (isinstance(value, Collection) and not value):
         return "none"
+    if isinstance(value, Secret):
+        value = value.reveal()
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"

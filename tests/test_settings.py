@@ -73,6 +73,7 @@ def test_without_any_variable_but_the_key_the_defaults_of_the_protocol_hold() ->
         responses_api=False,
         allowed_models=frozenset(),
         stream_usage=True,
+        store=Secret("memory://"),
         max_sessions=10000,
         session_ttl=3600.0,
         max_tasks=1000,
@@ -115,6 +116,7 @@ def test_without_any_variable_but_the_key_the_defaults_of_the_protocol_hold() ->
             "allowed_origins",
             frozenset({"https://app.example", "http://localhost:3000"}),
         ),
+        ("INFERENCE_STORE", "redis://127.0.0.1:6379/0", "store", Secret("redis://127.0.0.1:6379/0")),
         ("INFERENCE_LOG_LEVEL", "debug", "log_level", "DEBUG"),
         ("INFERENCE_LOG_FILE", "logs/server.log", "log_file", Path("logs/server.log")),
         ("INFERENCE_LOG_FORMAT", "JSON", "log_format", "json"),
@@ -230,6 +232,27 @@ def test_wrong_tokens_are_refused_and_not_shown(text: str) -> None:
 
 def test_tokens_are_not_shown_with_the_settings() -> None:
     assert TOKEN not in repr(load(INFERENCE_AUTH_TOKENS=f"a:{TOKEN}"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("redis", "memory", "redis://", "redis://:secret@", "http://:secret@host", "redis://:secret@host:x"),
+        *("redis://host:0", "redis://[", "redis://:se cret@host", "memory://secret"),
+    ],
+)
+def test_a_wrong_store_is_refused_and_not_shown(text: str) -> None:
+    message = refusal(INFERENCE_STORE=text)
+    assert message.startswith("INFERENCE_STORE: expected memory://, or a URL such as redis://")
+    assert "secret" not in message
+
+
+def test_the_stores_password_is_not_shown_with_the_settings() -> None:
+    settings = load(INFERENCE_STORE="rediss://user:hid%40den@host:6380/2")
+    assert "den" not in repr(settings)
+    assert not settings.is_in_memory
+    assert settings.store_password == Secret("hid@den")
+    assert (load().is_in_memory, load().store_password) == (True, None)
 
 
 def test_the_complaint_says_what_would_be_right() -> None:

@@ -1,0 +1,16 @@
+-- What concerns all workers, in one era.
+local all = KEYS[1]
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local leases, counts = all .. ':leases', all .. ':counts'
+local DAY = 86400000
+
+-- Counts a request of this owner, evenly spread over a minute; seconds to wait where it is one too many.
+local function spend(owner, rate)
+    if rate == '' then return nil end
+    local key, interval = all .. ':rate:' .. owner, 60000 / tonumber(rate)
+    local spent_until = math.max(tonumber(redis.call('GET', key) or 0), now) + interval
+    if spent_until - now > 60000 then return tostring((spent_until - now - 60000) / 1000) end
+    redis.call('SET', key, spent_until, 'PX', 120000)
+    return nil
+end

@@ -1,0 +1,75 @@
+local key, log, tasks = KEYS[1], KEYS[1] .. ':log', KEYS[1] .. ':tasks'
+local names = {'latest', 'total', 'base', 'freed', 'cursor', 'read', 'epoch', 'version', 'idle'}
+local s = {}
+local values = redis.call('HMGET', key, 'conn', unpack(names))
+if not values[1] then return {'gone'} end
+s.conn = values[1]
+for i, name in ipairs(names) do s[name] = tonumber(values[i + 1]) end
+
+local function save(ttl)
+    s.version = s.version + 1
+    local fields = {'conn', s.conn}
+    for _, name in ipairs(names) do
+        fields[#fields + 1] = name
+        fields[#fields + 1] = s[name]
+    end
+    redis.call('HSET', key, unpack(fields))
+    for _, name in ipairs({key, log, tasks}) do redis.call('PEXPIRE', name, ttl) end
+end
+
+local function seq_of(entry) return tonumber(string.match(entry[1], '^%d+')) end
+local function end_of(entry) return tonumber(entry[2][4]) end
+
+local function bytes_up_to(seq)
+    if seq <= s.base then return s.freed end
+    if seq >= s.latest then return s.total end
+    return end_of(redis.call('XRANGE', log, seq .. '-0', seq .. '-0')[1])
+end
+
+local function move_cursor(seq)
+    s.cursor = math.max(seq, s.base)
+    s.read = bytes_up_to(s.cursor)
+end
+
+local function add(note, size)
+    s.latest = s.latest + 1
+    s.total = s.total + size
+    redis.call('XADD', log, s.latest .. '-0', 'note', note, 'end', s.total)
+end
+
+local function unsent() return s.total - s.read end
+
+local function worker_of(status) return string.match(status, '^(%S+) ') end
+
+local function workers()
+    local found, list = {}, {}
+    for _, status in ipairs(redis.call('HVALS', tasks)) do
+        local worker = worker_of(status)
+        if not found[worker] then list[#list + 1] = worker end
+        found[worker] = true
+    end
+    return list
+end
+
+-- The connection, if it has to be told that there is something after ``before``: it waits for that, and another worker
+-- has it. In any case where the reply that named it may have been lost.
+local function tell(worker, before, is_again)
+    if s.conn == '' or (s.idle < before and not is_again) then return '' end
+    if string.match(s.conn, '^[^:]+') ~= worker then return s.conn end
+    if s.idle >= before then s.idle = s.latest end
+    return ''
+end
+
+-- Names that are not to come back with a late copy of a script; the latest forty or so.
+local function remember(list, name)
+    redis.call('HSET', key, list, string.sub(name .. ' ' .. (redis.call('HGET', key, list) or ''), 1, 1000))
+end
+
+local function is_remembered(list, name)
+    return string.find(redis.call('HGET', key, list) or '', name .. ' ', 1, true) ~= nil
+end
+
+local function remove(task)
+    redis.call('HDEL', tasks, task)
+    remember('ended', task)
+end

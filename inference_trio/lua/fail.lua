@@ -1,0 +1,17 @@
+-- ttl, worker that is lost, task, note of its error, size -> 'ok', connection to tell
+local status = redis.call('HGET', tasks, ARGV[3])
+if not status or worker_of(status) ~= ARGV[2] then return {'ok', s.conn} end
+local note, text = cjson.decode(ARGV[4]), {}
+if s.base <= tonumber(string.match(status, '^%S+ (%S+)')) then
+    for _, entry in ipairs(redis.call('XRANGE', log, '-', '+')) do
+        local told = cjson.decode(entry[2][2])
+        if told[1] == 'text_chunk' and told[2].task_id == ARGV[3] then text[#text + 1] = told[2].chunk end
+    end
+end
+if #text > 0 then note[2].error.data.partial_text = table.concat(text) end
+remove(ARGV[3])
+redis.call('HDEL', key, 'batch:' .. ARGV[2])
+local text_of_note = cjson.encode(note)
+add(text_of_note, tonumber(ARGV[5]) + #text_of_note)
+save(ARGV[1])
+return {'ok', s.conn}

@@ -1,0 +1,4 @@
+-- ttl, task
+remove(ARGV[2])
+save(ARGV[1])
+return {'ok'}

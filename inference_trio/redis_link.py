@@ -1,0 +1,173 @@
+"""The connection to Redis: runs scripts, waits while Redis is away, and knows whether it is.
+
+Every script is idempotent, so one whose reply was lost is run again. While Redis is away only whoever renews the lease
+asks for it; all else waits for that: what Redis still knows has to be found out before anything is added to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import attrs
+import coredis
+import trio
+from coredis.exceptions import NoScriptError, RedisError, ResponseError
+from coredis.retry import NoRetryPolicy
+
+from .errors import OverloadedError
+from .redis_scripts import script
+
+REPLY_TIMEOUT = 3.0
+"""Seconds until Redis counts as away."""
+
+PATIENCE = 10.0
+"""Seconds that a client's call waits for Redis."""
+
+PAUSE = 0.2
+"""Seconds between two attempts at a script that Redis refuses."""
+
+RETRY_AFTER = 5.0
+"""Seconds after which a client refused because Redis is away may try again."""
+
+FOREVER = math.inf
+
+Value = str | bytes | int | float
+
+logger = logging.getLogger(__name__)
+
+
+class AwayError(Exception):
+    """Redis did not answer."""
+
+
+@attrs.define(eq=False)
+class Link:
+    """``connect`` opens a client. There is a new one after each failure: coredis's pool of connections loses the place
+    of one that breaks while a call that blocks has it, and stands still when it has lost all of them.
+    """
+
+    _connect: Callable[[], AbstractAsyncContextManager[Any]]
+    _client: Any = None
+    _there: trio.Event = attrs.field(factory=trio.Event)
+    _opened: trio.Event = attrs.field(factory=trio.Event)
+    _failed: trio.Event = attrs.field(factory=trio.Event)
+
+    @property
+    def is_away(self) -> bool:
+        return not self._there.is_set()
+
+    async def serve(self) -> None:
+        """Keeps a client open."""
+        while True:
+            self._failed = trio.Event()
+            try:
+                async with self._connect() as self._client:
+                    self._opened.set()
+                    await self._failed.wait()
+            except (RedisError, OSError) as error:  # a cluster's client connects at once
+                logger.warning("Redis is away: %s", error)
+                await trio.sleep(PAUSE)
+
+    async def open(self) -> None:
+        """Waits for the first client, but not too long."""
+        with trio.move_on_after(REPLY_TIMEOUT):
+            await self._opened.wait()
+
+    async def run(self, name: str, key: str, *arguments: Value, within: float = PATIENCE) -> Any:
+        """The script's reply. Raises OverloadedError where there was none in time (seconds)."""
+        with trio.move_on_after(within):
+            while True:
+                await self._there.wait()
+                try:
+                    return await self._run(name, key, arguments)
+                except AwayError as error:
+                    self._fail(error)
+                except ResponseError as error:  # out of memory, or a defect of the script
+                    logger.error("Redis refuses %s: %s", name, error)  # noqa: TRY400 (its message says it all)
+                    await trio.sleep(PAUSE)
+        raise OverloadedError("The store of the sessions does not answer", retry_after=RETRY_AFTER)
+
+    async def probe(self, name: str, key: str, *arguments: Value) -> Any:
+        """The same, once, and whether Redis is away or not; call `is_back` when it is as it should be.
+
+        Raises AwayError.
+        """
+        try:
+            return await self._run(name, key, arguments)
+        except (AwayError, ResponseError) as error:
+            self._fail(error)
+            raise AwayError(str(error)) from error
+
+    async def messages(self, inbox: str, after: str, wait: float) -> list[tuple[str, bytes]]:
+        """What came to an inbox after the message with this id, with their ids. Waits so long (seconds) for it.
+
+        Raises AwayError.
+        """
+        call = partial(self._open_client().xread, {inbox: after}, count=1000, block=int(wait * 1000))
+        streams = await _answered(call)
+        entries = next(iter(streams.values())) if streams else ()
+        return [(entry.identifier.decode(), entry.field_values[b"m"]) for entry in entries]
+
+    def is_back(self) -> None:
+        if self.is_away:
+            logger.info("Redis is there")
+            self._there.set()
+
+    def _fail(self, error: Exception) -> None:
+        """What was asked may be answered late or never: no connection is used again."""
+        if not self.is_away:
+            logger.warning("Redis is away: %s", error)
+            self._there = trio.Event()
+        self._client = None
+        self._failed.set()
+
+    def _open_client(self) -> Any:
+        if self._client is None:
+            raise AwayError("there is no connection")
+        return self._client
+
+    async def _run(self, name: str, key: str, arguments: tuple[Value, ...]) -> Any:
+        asked, client = script(name), self._open_client()
+        try:
+            return await _answered(partial(client.evalsha, asked.sha, keys=[key], args=arguments))
+        except NoScriptError:
+            return await _answered(partial(client.eval, asked.text, keys=[key], args=arguments))
+
+
+async def _answered(call: Callable[[], Awaitable[Any]]) -> Any:
+    """What Redis answers. Raises ResponseError where it refuses, else AwayError."""
+    try:
+        return await call()
+    except ResponseError:
+        raise
+    except (RedisError, OSError, RuntimeError) as error:  # the last one: the client was closed meanwhile
+        raise AwayError(str(error)) from error
+
+
+@asynccontextmanager
+async def open_link(url: str) -> AsyncIterator[Link]:
+    """``?cluster=true`` in the URL for a Redis Cluster."""
+    options: dict[str, Any] = {
+        "stream_timeout": REPLY_TIMEOUT,
+        "connect_timeout": REPLY_TIMEOUT,
+        "retry_policy": NoRetryPolicy(),
+    }
+    parts = urlsplit(url)
+    if parts.scheme == "rediss":  # coredis would not look at the name in the certificate
+        options["ssl_context"] = ssl.create_default_context()
+    logging.getLogger("coredis").setLevel(logging.CRITICAL)  # what it says in several lines is said here in one
+    is_cluster = parse_qs(parts.query).get("cluster") == ["true"]
+    kind: Any = coredis.RedisCluster if is_cluster else coredis.Redis
+    link = Link(partial(kind.from_url, url, **options))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.serve)
+        await link.open()
+        yield link
+        nursery.cancel_scope.cancel()

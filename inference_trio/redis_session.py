@@ -1,0 +1,341 @@
+"""A session that is kept in Redis, as one worker sees it that has its connection, or runs tasks of it, or both.
+
+See `redis_scripts` for how all of it works together, and `session.Session` for what the methods do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from typing import Any, Protocol
+
+import attrs
+import msgspec
+import trio
+
+from .access import TICKET_LIFETIME, Owner, Ticket, digest
+from .chat import JsonObject
+from .errors import InvalidParamsError, NoSuchSessionError, OverloadedError
+from .jsonrpc import Call
+from .protocol import Accepted, Draining, Generate, Resumed, Started, TaskStatus, ToolResult
+from .redis_calls import Calls, Ending, EndingHere
+from .redis_delivery import LARGEST_READY, Delivery, Ready, ready
+from .redis_limits import Limits, name_of
+from .redis_link import FOREVER
+from .redis_producer import Appended, Producer, Room
+from .redis_worker import Message, Worker
+from .report import Observer
+from .runner import Model, Runner
+from .running import RunningTasks
+from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, TAKEN_OVER, Attachment
+from .settings import Settings
+from .store import SERVICE_RESTART, too_many
+
+
+class Store(Protocol):
+    """What a session needs of the store of this process."""
+
+    settings: Settings
+    model: Model
+    limits: Limits
+    drains_until: float | None
+    observers: Sequence[Observer]
+
+    def refuse_when_draining(self) -> None: ...
+
+
+@attrs.define(eq=False)
+class Attached:
+    """A connection under its name in Redis, and what it is to be sent."""
+
+    name: str
+    connection: Attachment
+    delivery: Delivery
+    feeding: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+
+
+def _tasks(session: RedisSession) -> RunningTasks:
+    store = session.store
+    return RunningTasks(
+        session.id,
+        session.owner.name,
+        store.settings,
+        store.model,
+        session.worker.nursery,
+        session.producer,
+        store.observers,
+    )
+
+
+def _producer(session: RedisSession) -> Producer:
+    limit = session.store.settings.outbox_bytes
+    return Producer(
+        worker=session.worker,
+        session_id=session.id,
+        limit=limit,
+        budget=session.store.limits.budget,
+        room=Room(limit // 2),
+        progress=session.progress,
+        appended=session.appended,
+    )
+
+
+@attrs.define(eq=False)
+class RedisSession:
+    id: str
+    owner: Owner
+    tools: Sequence[JsonObject]
+    resume_window: float
+    worker: Worker
+    store: Store
+    producer: Producer = attrs.field(default=attrs.Factory(_producer, takes_self=True))
+    tasks: RunningTasks = attrs.field(default=attrs.Factory(_tasks, takes_self=True))
+    calls: Calls = attrs.field(default=attrs.Factory(lambda self: Calls(self.worker, self.id), takes_self=True))
+    _here: Attached | None = None
+    _epoch: int = 0
+    _acknowledging: tuple[Delivery, int] | None = None
+
+    @property
+    def key(self) -> str:
+        return self.worker.session_key(self.id)
+
+    @property
+    def owner_name(self) -> str:
+        return name_of(self.owner)
+
+    @property
+    def attached(self) -> Attachment | None:
+        return self._here.connection if self._here else None
+
+    @property
+    def is_idle(self) -> bool:
+        return self._here is None and not self.tasks.runners
+
+    async def _run(self, name: str, *arguments: Any, within: float | None = None) -> Any:
+        """Runs a script of the session that renews its time to live."""
+        limit = {} if within is None else {"within": within}
+        return await self.worker.link.run(name, self.key, self.worker.ttl, *arguments, **limit)
+
+    # Tickets
+
+    async def issue_ticket(self) -> str:
+        text, ticket = Ticket.issue(0.0)
+        await self.worker.link.run("ticket", self.key, ticket.digest, int(TICKET_LIFETIME * 1000))
+        return text
+
+    async def redeem(self, text: str) -> bool:
+        return bool(await self.worker.link.run("redeem", self.key, digest(text)))
+
+    # Connections
+
+    async def attach(self, connection: Attachment, after: int | None) -> None:
+        """Raises NoSuchSessionError where the session has ended meanwhile, else as `session.Session.attach`."""
+        name = self.worker.new_connection()
+        try:
+            reply = await self._attach(name, after)
+        except BaseException:
+            self._release(name)
+            raise
+        epoch, previous, version, unsent, since, base, latest, workers, statuses = reply[1:]
+        if epoch < self._epoch:  # a newer connection was faster
+            connection.close(TAKEN_OVER)
+            self._release(name)
+            return
+        self._take_over(epoch)
+        self.producer.room.update(version, unsent)
+        if previous:
+            self.worker.tell(previous.decode(), ["over", self.id, epoch])
+        for worker in workers:
+            self.worker.post(worker.decode(), ["attached", self.id, epoch, version, unsent])
+        delivery = Delivery(max(since, base), self.producer.room.half // 4, connection.wake)
+        self._here = Attached(name, connection, delivery)
+        self.worker.nursery.start_soon(self._feed, self._here)
+        if after is not None:
+            tasks = [msgspec.json.decode(status, type=TaskStatus) for status in statuses]
+            connection.tell(Resumed(after=since, oldest_seq=base + 1, latest_seq=latest, gap=since < base, tasks=tasks))
+        if self.store.drains_until is not None:
+            connection.tell(Draining(max(self.store.drains_until - trio.current_time(), 0.0)))
+
+    async def _attach(self, name: str, after: int | None) -> Any:
+        held = (self.worker.id, name, "1", self.id, self.owner_name, self.worker.ttl)
+        await self.worker.link.run("hold", self.worker.for_all, *held)
+        reply = await self._run("attach", name, "" if after is None else after)
+        if reply[0] == b"beyond":
+            raise InvalidParamsError(f"Expected a number from 0 to {reply[1]} - at `after`")
+        if reply[0] == b"gone":
+            raise NoSuchSessionError("There is no such session any more")
+        return reply
+
+    def _take_over(self, epoch: int) -> None:
+        """There is a connection of this epoch. Another one here does not count any more."""
+        if epoch > self._epoch:
+            self._epoch = epoch
+            if self._here:
+                here = self._here
+                self._leave(here)
+                here.connection.close(TAKEN_OVER)
+
+    def detach(self, connection: Attachment) -> None:
+        if self._here and self._here.connection is connection:
+            self._leave(self._here)
+
+    def _leave(self, here: Attached) -> None:
+        self._here = None
+        here.feeding.cancel()
+        self._release(here.name, here.delivery.taken)
+
+    def _release(self, name: str, taken: int | str = "") -> None:
+        if not self.worker.is_over:
+            names = (self.worker.id, name, self.id)
+            self.worker.nursery.start_soon(self.worker.release, *names, taken, self.owner_name)
+
+    def take(self, connection: Attachment) -> Ready | None:
+        if self._here is None or self._here.connection is not connection:
+            return None
+        return self._here.delivery.take()
+
+    async def _feed(self, here: Attached) -> None:
+        async def read() -> list[Ready] | None:
+            return await self._read(here)
+
+        with here.feeding:
+            await here.delivery.feed(read)
+
+    async def _read(self, here: Attached) -> list[Ready] | None:
+        delivery, room = here.delivery, self.producer.room
+        known = delivery.unacknowledged
+        terms = (here.name, delivery.taken, delivery.position, room.half, LARGEST_READY, self.worker.new_number())
+        status, *reply = await self._run("take", *terms, within=FOREVER)
+        if status != b"ok":
+            here.connection.close(TAKEN_OVER if status == b"other" else SERVICE_RESTART)
+            return None
+        version, unsent, waiting, found = reply
+        delivery.acknowledge(known)
+        room.update(version, unsent)
+        for worker in waiting:
+            self.worker.post(worker.decode(), ["room", self.id, version, unsent])
+        return [ready(*entry) for entry in zip(found[::3], found[1::3], found[2::3], strict=True)]
+
+    # What the tasks here tell
+
+    async def settle(self) -> None:
+        """Returns when what the tasks here have told is in the log."""
+        await self.producer.settle()
+
+    def progress(self) -> tuple[str, int]:
+        """The connection here, and what it has taken."""
+        if self._here is None:
+            self._acknowledging = None
+            return "", 0
+        delivery = self._here.delivery
+        self._acknowledging = (delivery, delivery.unacknowledged)
+        return self._here.name, delivery.taken
+
+    def appended(self, appended: Appended | None) -> None:
+        if appended is None:
+            self.end()
+            return
+        if self._acknowledging:
+            delivery, known = self._acknowledging
+            delivery.acknowledge(known)
+        if self._here:
+            self._here.delivery.accept(appended.entries)
+        if appended.connection:
+            self.worker.tell(appended.connection, ["look", self.id])
+        for task_id in appended.others:
+            self.tasks.cancel(task_id)
+
+    def end(self) -> None:
+        """The session is no more, or this worker has lost it: a client that comes back learns which."""
+        self.producer.close()
+        self.tasks.cancel()
+        if self._here:
+            self._here.connection.close(SERVICE_RESTART)
+
+    # Methods
+
+    async def generate(self, call: Call, params: Generate) -> Started:
+        self.store.refuse_when_draining()
+        if self._here is None or self.producer.is_full:
+            raise OverloadedError("The notifications of this session are not read", retry_after=RETRY_AFTER)
+        runner = self.tasks.prepare(call, params, self.tools)
+        size = call.size * BYTES_PER_BYTE_OF_JSON
+        self.store.limits.hold(size)
+        try:
+            await self._register(runner, self._here.name)
+        except BaseException:
+            self._dismiss(runner, size, "unregister")
+            raise
+        self.producer.open(runner.task)
+        self.tasks.start(runner, lambda runner: self._dismiss(runner, size))
+        return Started(self.id, runner.task.id, runner.task.state.value)
+
+    async def _register(self, runner: Runner, connection: str) -> None:
+        status = msgspec.json.encode(TaskStatus(runner.task.id, runner.task.state.value, []))
+        most = self.store.settings.max_tasks_per_session
+        await self.store.limits.admit(self.worker, self.id, runner.task.id, self.owner)
+        reply = await self._run("register", self.worker.id, runner.task.id, status, connection, most)
+        if reply[0] == b"many":
+            raise too_many("tasks", most, "in this session")
+        if reply[0] != b"ok":
+            raise OverloadedError("This connection was taken over", retry_after=RETRY_AFTER)
+
+    def _dismiss(self, runner: Runner, size: int, how: str = "") -> None:
+        self.store.limits.budget.used -= size
+        if not self.worker.is_over:
+            self.worker.nursery.start_soon(self._forget, runner.task.id, how)
+
+    async def _forget(self, task_id: str, how: str) -> None:
+        if how:
+            await self._run(how, task_id, within=FOREVER)
+        self.producer.change(task_id)
+        await self.producer.settle()
+        await self.store.limits.dismiss(self.worker, task_id, self.owner)
+
+    async def tool_result(self, params: ToolResult) -> Accepted:
+        if params.task_id in self.tasks.runners:
+            return await self._tool_result(params)
+        return await self.calls.tool_result(params)
+
+    async def _tool_result(self, params: ToolResult) -> Accepted:
+        accepted = self.tasks.give_results(params)
+        self.producer.change(params.task_id)
+        await self.producer.settle()
+        return accepted
+
+    async def cancel(self, task_id: str | None) -> Ending:
+        here = self._cancel(task_id)
+        if task_id in self.tasks.runners:
+            return Ending([here])
+        return Ending([here, *await self.calls.cancel(task_id)])
+
+    def _cancel(self, task_id: str | None) -> EndingHere:
+        return EndingHere(self.tasks.cancel(task_id), self.producer)
+
+    # Messages of workers
+
+    def receive(self, message: Message) -> None:
+        match message:
+            case ["look", _]:
+                if self._here:
+                    self._here.delivery.look()
+            case ["room", _, version, unsent]:
+                self.producer.room.update(version, unsent)
+            case ["over", _, epoch]:
+                self._take_over(epoch)
+            case ["attached", _, epoch, version, unsent]:
+                self._take_over(epoch)
+                self.tasks.close_window()
+                self.producer.room.update(version, unsent)
+            case ["detached", _, epoch, version, unsent]:
+                self.producer.room.update(version, unsent)
+                if epoch >= self._epoch:
+                    self.tasks.open_window(self.resume_window)
+            case ["call", _, call_id, caller, method, argument]:
+                self.worker.nursery.start_soon(self.calls.answer, caller, call_id, self._call(method, argument))
+            case ["reply", _, call_id, result, error]:
+                self.calls.receive(call_id, result, error)
+
+    def _call(self, method: str, argument: Any) -> Awaitable[Any]:
+        if method == "cancel":
+            return self._cancel(argument).ended()
+        return self._tool_result(msgspec.convert(argument, ToolResult))

@@ -1,0 +1,304 @@
+"""Workers that die, Redis that stalls, restarts, forgets or answers too late: nothing hangs, nothing is doubled."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from inference_trio import redis_link, redis_worker
+from inference_trio.access import Owner
+from inference_trio.redis_link import AwayError, Link
+from inference_trio.redis_store import RedisStore, open_redis_store
+from inference_trio.variables import Secret
+
+from . import fakes
+from .fakes import FakeModel, FakeWebSocket, finish, hang, text
+from .redis_server import RedisServer, running_redis
+from .test_connection import CALLS, HELLO, TOOL, numbers, text_of, transcript
+from .test_store_contract import Workers
+
+PATIENCE = 30
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[RedisServer]:
+    with running_redis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis(running: RedisServer, monkeypatch: pytest.MonkeyPatch) -> RedisServer:
+    """Workers in one process miss their leases together, or not at all: so these can be short."""
+    running.ask("FLUSHALL")
+    monkeypatch.setattr(redis_worker, "INTERVAL", 0.05)
+    monkeypatch.setattr(redis_link, "REPLY_TIMEOUT", 0.5)
+    return running
+
+
+@attrs.define(eq=False)
+class Mortal(Workers):
+    """Workers that may be killed."""
+
+    redis: RedisServer
+    scopes: list[trio.CancelScope] = attrs.field(factory=list)
+
+    async def start(self, settings: Any) -> None:
+        await self.nursery.start(self._live, settings)
+
+    async def _live(self, settings: Any, task_status: trio.TaskStatus[None]) -> None:
+        with trio.CancelScope() as scope:
+            async with open_redis_store(settings, self.model, lambda _: self.owner) as store:
+                self.stores.append(store)
+                self.scopes.append(scope)
+                task_status.started()
+                await trio.sleep_forever()
+
+    def kill(self, number: int) -> None:
+        """As `kill -9` does; its lease runs out at once."""
+        worker = self.stores[number].worker
+        self.scopes[number].cancel()
+        self.redis.ask("ZADD", f"{worker.for_all}:leases", "1", worker.id)
+
+    async def started(self, worker: int = 0, frames: int = 2, **params: Any) -> tuple[FakeWebSocket, list[Any]]:
+        """A connection with a running task, and so many frames of it."""
+        socket = await self.connect(worker, await self.create(worker, **params))
+        socket.call("generate", {"message": "hi"})
+        return socket, [await socket.hear() for _ in range(frames)]
+
+
+@asynccontextmanager
+async def mortals(redis: RedisServer, *rounds: list[Any], count: int = 3, **changes: Any) -> AsyncIterator[Mortal]:
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            it = Mortal([], nursery, FakeModel(*rounds), Owner(None), redis)
+            for _ in range(count):
+                await it.start(fakes.settings(**changes, store=Secret(redis.url)))
+            yield it
+            nursery.cancel_scope.cancel()
+
+
+async def pause() -> None:
+    """For whatever comes from outside of this process."""
+    await trio.sleep(0.01)
+
+
+def is_ready(store: RedisStore) -> bool:
+    return store._worker is not None and not store.link.is_away
+
+
+async def whole(it: Mortal, worker: int, session_id: str) -> list[Any]:
+    """All notifications of a session."""
+    while not is_ready(it.stores[worker]):
+        await pause()
+    socket = await it.connect(worker, session_id, after=0)
+    _, *frames = await transcript(socket)
+    await socket.drop()
+    return frames
+
+
+# Workers that die
+
+
+STATES = {
+    "streaming": ([text("Hel"), hang], 2),
+    "awaiting_tools": ([text("Hel"), *CALLS], 4),
+    "before anything came": ([hang], 1),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+async def test_each_task_of_a_dead_worker_gets_one_error(redis: RedisServer, state: str) -> None:
+    steps, frames = STATES[state]
+    async with mortals(redis, steps) as it:
+        first, heard = await it.started(0, frames, tools=[fakes.tool(TOOL)])
+        task_id = heard[0]["result"]["task_id"]
+        seen = frames - 1
+        it.kill(0)
+        socket = await it.connect(1, first.session_id, after=seen)
+        _, *rest = await transcript(socket)
+        assert rest[-1]["params"]["task_id"] == task_id
+        error = rest[-1]["params"]["error"]
+        assert (error["code"], error["data"]["reason"]) == (-32006, "worker lost")
+        assert error["data"].get("partial_text") == ("Hel" if seen else None)
+        assert numbers(rest) == [seen + 1]
+        await socket.drop()
+        assert [frame["method"] for frame in await whole(it, 2, first.session_id)].count("error") == 1
+
+
+async def test_between_rounds_too(redis: RedisServer) -> None:
+    async with mortals(redis, CALLS, [hang]) as it:
+        first, heard = await it.started(0, 3, tools=[fakes.tool(TOOL)])
+        results = [{"tool_call_id": name, "result": 1} for name in ("c1", "c2")]
+        first.call("tool_result", {"task_id": heard[0]["result"]["task_id"], "results": results})
+        await first.hear()
+        it.kill(0)
+        frames = await transcript(await it.connect(1, first.session_id, after=2))
+        assert frames[0]["params"]["tasks"] == [] or frames[0]["params"]["tasks"][0]["state"] == "streaming"
+        assert frames[-1]["params"]["error"]["data"] == {"reason": "worker lost"}
+
+
+async def test_a_connection_at_another_worker_is_told_and_limits_heal(redis: RedisServer) -> None:
+    async with mortals(redis, [text("Hel"), hang], max_tasks=1) as it:
+        first, _ = await it.started(0)
+        socket = await it.connect(1, first.session_id)
+        it.kill(0)
+        assert (await socket.hear())["method"] == "error"
+        while True:
+            socket.call("generate", {"message": "hi"})
+            if "result" in await socket.hear():
+                break
+
+
+async def test_a_dead_workers_connections_count_as_gone(redis: RedisServer) -> None:
+    async with mortals(redis, [text("Hel"), hang], resume_window=0.0) as it:
+        first, _ = await it.started(0)
+        second = await it.connect(1, first.session_id)
+        await first.gone.wait()
+        it.kill(1)
+        while it.model.streaming:
+            await pause()
+        await second.gone.wait()
+        frames = await whole(it, 2, first.session_id)
+        assert frames[-1]["params"]["status_message"] == "cancelled"
+
+
+async def test_a_worker_that_lost_its_lease_stops_its_tasks_and_begins_again(redis: RedisServer) -> None:
+    async with mortals(redis, [text("Hel"), hang], HELLO) as it:
+        first, _ = await it.started(0)
+        life = it.stores[0].worker
+        redis.ask("ZREM", f"{life.for_all}:leases", life.id)
+        await first.gone.wait()
+        assert first.close_code == 1012
+        await pause()
+        while not is_ready(it.stores[0]):
+            await pause()
+        assert it.model.streaming == 0
+        socket = await it.connect(0, await it.create(0))
+        socket.call("generate", {"message": "hi"})
+        assert (await transcript(socket))[-1]["params"]["final_text"] == "Hello"
+
+
+# Redis that is away
+
+
+async def test_a_stall_delays_a_task_and_changes_nothing_of_it(redis: RedisServer) -> None:
+    go_on = trio.Event()
+    async with mortals(redis, [text("Hel"), fakes.wait(go_on), text("lo"), finish()]) as it:
+        socket, heard = await it.started(0)
+        redis.pause()
+        go_on.set()
+        try:
+            while not all(store.link.is_away for store in it.stores):
+                await pause()
+            with pytest.raises(Exception, match="does not answer"):
+                it.stores[1].check_ready()
+        finally:
+            redis.go_on()
+        frames = heard[1:] + await transcript(socket)
+        assert text_of(frames) == "Hello"
+        assert numbers(frames) == list(range(1, len(frames) + 1))
+        assert await whole(it, 1, socket.session_id) == frames
+        it.stores[1].check_ready()
+
+
+async def test_a_restart_delays_a_task_and_changes_nothing_of_it(redis: RedisServer) -> None:
+    go_on = trio.Event()
+    async with mortals(redis, [text("Hel"), fakes.wait(go_on), text("lo"), finish()]) as it:
+        socket, heard = await it.started(0)
+        await trio.to_thread.run_sync(redis.restart)
+        go_on.set()
+        frames = heard[1:] + await transcript(socket)
+        assert text_of(frames) == "Hello"
+        assert await whole(it, 1, socket.session_id) == frames
+
+
+async def test_when_redis_has_forgotten_everything_connections_are_closed_and_tasks_stopped(
+    redis: RedisServer,
+) -> None:
+    async with mortals(redis, [text("Hel"), hang]) as it:
+        socket, _ = await it.started(0)
+        await trio.to_thread.run_sync(redis.forget)
+        await socket.gone.wait()
+        assert socket.close_code == 1012
+        while it.model.streaming or not is_ready(it.stores[1]):
+            await pause()
+        assert await it.stores[1].get(socket.session_id) is None
+
+
+async def test_when_redis_has_forgotten_something_no_session_of_before_exists(redis: RedisServer) -> None:
+    async with mortals(redis, HELLO) as it:
+        session_id = await it.create(0)
+        redis.ask("HSET", "{inference}", "renewals", "1")
+        lives = [store.worker for store in it.stores]
+        while not all(life.is_over for life in lives) or not all(map(is_ready, it.stores)):
+            await pause()
+        assert await it.stores[2].get(session_id) is None
+
+
+# Replies that are lost, and copies of scripts that are run late
+
+
+class Unreliable:
+    """Runs scripts, forgets one reply in four, and runs one in four again when others have been run."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._run: Any = Link._run
+        self._earlier: list[Any] = []
+        self.lost = 0
+
+    async def run(self, link: Link, name: str, key: str, arguments: Any) -> Any:
+        reply = await self._run(link, name, key, arguments)
+        if name not in ("renew", "ticket"):
+            self._earlier.append((name, key, arguments))
+        if self._earlier and self._random.random() < 0.25:
+            late = self._earlier.pop(self._random.randrange(len(self._earlier)))
+            await self._run(link, *late)
+        if self._random.random() < 0.25:
+            self.lost += 1
+            raise AwayError("the reply was lost")
+        return reply
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_lost_replies_and_late_copies_change_nothing(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    steps = [text(f"{number} ") for number in range(30)]
+    monkeypatch.setattr(redis_worker, "INTERVAL", 0.005)
+    async with mortals(redis, [*steps, *CALLS], [*steps, finish()]) as it:
+        unreliable = Unreliable(seed)
+        monkeypatch.setattr(Link, "_run", lambda *arguments: unreliable.run(*arguments))
+        session_id = await it.create(0, tools=[fakes.tool(TOOL)])
+        socket = await it.connect(0, session_id)
+        socket.call("generate", {"message": "hi"})
+        frames = [await socket.hear()]
+        task_id = frames[0]["result"]["task_id"]
+        while sum(frame.get("method") == "function_call_request" for frame in frames) < 2:
+            frames.append(await socket.hear())
+        await socket.drop()
+        socket = await it.connect(1, session_id, after=numbers(frames)[-1])
+        results = [{"tool_call_id": name, "result": 1} for name in ("c1", "c2")]
+        socket.call("tool_result", {"task_id": task_id, "results": results})
+        frames += await transcript(socket)
+        answers = [frame for frame in frames if frame.get("id") == 1]
+        notes = [frame for frame in frames if "seq" in frame.get("params", {})]
+        said = "".join(f"{number} " for number in range(30))
+        assert text_of(notes) == said * 2
+        assert numbers(notes) == list(range(1, len(notes) + 1))
+        assert [answer for answer in answers if "error" in answer] == []
+        assert unreliable.lost
+        monkeypatch.setattr(Link, "_run", unreliable._run)
+        await socket.drop()
+        assert await whole(it, 2, session_id) == notes
+        assert await tasks_known(it.stores[2], session_id) == []
+
+
+async def tasks_known(store: RedisStore, session_id: str) -> list[Any]:
+    return list(await store.worker.link.run("where", store.worker.session_key(session_id)))
