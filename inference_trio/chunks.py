@@ -1,22 +1,24 @@
-"""Chunks of a chat completion from the bytes of its event stream.
+"""The answer of a chat completion from the bytes of its event stream.
 
-All events of one read are handled together: text that has piled up while the server was busy goes on to LangChain
-as one chunk. What comes out are plain dicts, because LangChain takes those as well as the model objects of OpenAI's
-client, and making the objects costs more than all the rest. The types below say what compatible servers may leave out
-or send as ``null``; whatever else there is in a chunk is not looked at.
+All events of one read are handled together, so that text that has piled up while the server was busy goes on in one
+piece. Text, which is nearly all that comes, is a `Delta` at once. Anything else becomes a chunk for LangChain: a
+plain dict, because LangChain takes those as well as the model objects of OpenAI's client, which cost more to make
+than all the rest. The types below say what compatible servers may leave out or send as ``null``; whatever else there
+is in a chunk is not looked at.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import msgspec
 
 from .chat import JsonObject
-from .deltas import REASONING_FIELDS
+from .deltas import REASONING_FIELDS, Delta
 from .errors import BrokenStreamError
 from .sse import EventDecoder
 from .upstream_errors import ErrorInStreamError
@@ -61,12 +63,14 @@ class _Chunk(msgspec.Struct):
     object: Any = None
 
 
+_FIRST = (None, 0, "0")
+_TEXT_FIELDS = ("content", *REASONING_FIELDS)
 _USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _decoder = msgspec.json.Decoder(_Chunk)
 
 
-def read_chunks(reads: Iterable[bytes]) -> Iterator[JsonObject]:
-    """The chunks of a stream, up to ``[DONE]`` or its end. ``reads`` are its bytes as they come.
+def read_answer(reads: Iterable[bytes]) -> Iterator[Delta | JsonObject]:
+    """What a stream says, up to ``[DONE]`` or its end. ``reads`` are its bytes as they come.
 
     Raises ErrorInStreamError for an error that the provider reports in place of a chunk, and BrokenStreamError
     where there is no event at all or one is no chunk.
@@ -74,11 +78,20 @@ def read_chunks(reads: Iterable[bytes]) -> Iterator[JsonObject]:
     decoder = EventDecoder()
     for read in itertools.chain(reads, (None,)):
         events = decoder.finish() if read is None else decoder.feed(read)
-        yield from _joined(map(_attempt, itertools.takewhile(_DONE.__ne__, events)))
+        yield from _joined(itertools.takewhile(_DONE.__ne__, events))
         if _DONE in events:
             return
     if decoder.answer_so_far:
         _refuse(bytes(decoder.answer_so_far))
+
+
+def read_chunks(reads: Iterable[bytes]) -> Iterator[JsonObject]:
+    """The same in chunks for LangChain, and nothing else."""
+    for item in read_answer(reads):
+        if isinstance(item, Delta):
+            yield _langchain_chunk({item.reasoning_field: item.reasoning} if item.reasoning else {"content": item.text})
+        else:
+            yield item
 
 
 def _refuse(answer: bytes) -> NoReturn:
@@ -93,35 +106,42 @@ def _refuse(answer: bytes) -> NoReturn:
     raise BrokenStreamError(f"The provider's answer is {what}")
 
 
-def _joined(items: Iterable[JsonObject | Exception]) -> Iterator[JsonObject]:
-    """The chunks, with those of nothing but text put together, up to the first failure, which is raised."""
-    for field, run in itertools.groupby(items, key=_field_of_text):
+def _joined(events: Iterable[bytes]) -> Iterator[Delta | JsonObject]:
+    """What these events say, with text put together, up to the first that makes no sense, for which it raises."""
+    for field, run in itertools.groupby(map(_attempt, events), key=_first):
         if field:
-            text = "".join(item["choices"][0]["delta"][field] for item in run if isinstance(item, dict))
-            yield _langchain_chunk({field: text})
+            text = "".join(text for _, text in run)
+            yield Delta(text=text) if field == "content" else Delta(reasoning=text, reasoning_field=field)
         else:
-            for item in run:
+            for _, item in run:
                 if isinstance(item, Exception):
                     raise item
                 yield item
 
 
-def _field_of_text(item: JsonObject | Exception) -> str | None:
-    """Where a chunk has its text, if there is nothing else in it."""
-    if isinstance(item, Exception) or item["usage"] or not item["choices"]:
-        return None
-    choice = item["choices"][0]
-    field, text = next(iter(choice["delta"].items()), ("", None))
-    is_plain = len(choice["delta"]) == 1 and isinstance(text, str) and not choice["finish_reason"]
-    return field if is_plain else None
+_first = operator.itemgetter(0)
 
 
-def _attempt(event: bytes) -> JsonObject | Exception:
-    """A chunk, or what is wrong with it, to be raised when all before it is through."""
+def _attempt(event: bytes) -> tuple[str, Any]:
+    """The field and its text, where there is nothing else; else nothing and the chunk, or what is wrong with it."""
     try:
-        return _normalised(_decode(event), event)
+        chunk = _decode(event)
+        return _plain_text(chunk) or ("", _normalised(chunk, event))
     except (ErrorInStreamError, BrokenStreamError) as error:
-        return error
+        return "", error
+
+
+def _plain_text(chunk: _Chunk) -> tuple[str, str] | None:
+    if not chunk.choices or len(chunk.choices) > 1 or chunk.usage or chunk.error or chunk.object == "error":
+        return None
+    choice = chunk.choices[0]
+    delta = choice.delta
+    if delta is None or choice.finish_reason or choice.usage or choice.index not in _FIRST:
+        return None
+    if delta.refusal or delta.tool_calls or delta.function_call:
+        return None
+    texts = [(name, text) for name in _TEXT_FIELDS if (text := getattr(delta, name))]
+    return texts[0] if len(texts) == 1 and isinstance(texts[0][1], str) else None
 
 
 def _decode(event: bytes) -> _Chunk:
@@ -147,7 +167,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _normalised(chunk: _Chunk, event: bytes) -> JsonObject:
     if chunk.error or chunk.object == "error":
         raise ErrorInStreamError(chunk.error or msgspec.json.decode(event))
-    choice = next((choice for choice in chunk.choices or () if choice.index in (None, 0, "0")), None)
+    choice = next((choice for choice in chunk.choices or () if choice.index in _FIRST), None)
     usage = _complete_usage(chunk.usage) or _complete_usage(choice and choice.usage)
     if choice is None:
         return {"choices": [], "usage": usage}

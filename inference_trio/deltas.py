@@ -1,7 +1,7 @@
 """What a model streams, in one shape: LangChain's chunks of any provider become `Delta`s.
 
 Text may come cut between the two halves of a surrogate pair, as servers that count in UTF-16 do, or with half a
-pair. `read_deltas` keeps the first half back until the next chunk, so that what comes out can always be encoded.
+pair. `mended` keeps the first half back until the next chunk, so that what comes out can always be encoded.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ class Delta:
     opaque: AIMessageChunk | None = None
 
 
-def read_deltas(chunks: Iterable[tuple[AIMessageChunk, Mapping[str, Any]]]) -> Iterator[Delta]:
-    """A delta for each chunk, which comes with what LangChain calls its generation info."""
+def mended(deltas: Iterable[Delta]) -> Iterator[Delta]:
+    """The same deltas, but text that can be encoded."""
     halves: dict[str, str] = {}
-    for message, info in chunks:
-        delta = delta_of(message, info)
+    for delta in deltas:
         yield _mended(delta, halves) if halves or not _is_encodable(delta) else delta
     if halves:
         lone: dict[str, Any] = dict.fromkeys(halves, "\N{REPLACEMENT CHARACTER}")

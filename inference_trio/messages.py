@@ -45,19 +45,23 @@ _WIRE_FORM = "openai_message"
 # The conversation
 
 
-def to_langchain(messages: Sequence[JsonObject]) -> list[BaseMessage]:
+Conversed = JsonObject | BaseMessage
+"""A message of the conversation: in OpenAI's format, or the model's own as its provider has it."""
+
+
+def to_langchain(messages: Sequence[Conversed]) -> list[BaseMessage]:
     """LangChain's messages for chat messages as `chat.Message` allows them.
 
     An upstream that speaks OpenAI's format gets the messages as they are (`wire_form`), another one gets what
     LangChain makes of the standard fields. Arguments of a tool call that are not a JSON object make it one of
     LangChain's invalid tool calls.
     """
-    return [_CONVERTERS[message["role"]](message) for message in messages]
+    return [_CONVERTERS[message["role"]](message) if isinstance(message, dict) else message for message in messages]
 
 
-def wire_form(message: BaseMessage) -> JsonObject | None:
-    """The message in OpenAI's format that ``message`` was made from, if it was."""
-    return message.additional_kwargs.get(_WIRE_FORM)
+def wire_form(message: Conversed) -> JsonObject | None:
+    """The message in OpenAI's format, if it is in that or was made from that."""
+    return message if isinstance(message, dict) else message.additional_kwargs.get(_WIRE_FORM)
 
 
 def _system(message: JsonObject) -> BaseMessage:
@@ -118,7 +122,7 @@ class ModelRequest:
     are set, ``model`` is another one than the configured one.
     """
 
-    messages: Sequence[BaseMessage]
+    messages: Sequence[Conversed]
     tools: Sequence[JsonObject] = ()
     parameters: Mapping[str, Any] = attrs.field(factory=dict)
     model: str | None = None

@@ -1,21 +1,19 @@
 """The chat model: what the rest of the server knows of LangChain and the providers.
 
-A model's own code blocks, so it runs apart (`bridge`): it makes LangChain's chunks, they become deltas, and what it
-raises becomes an exception of ours.
+A model's own code blocks, so it runs apart (`bridge`), where also what it raises becomes an exception of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import attrs
 import trio
-from langchain_core.messages import AIMessageChunk
 
 from .bridge import stream_blocking
-from .deltas import Delta, read_deltas
+from .deltas import Delta, mended
 from .messages import ModelRequest
 from .openai_model import open_openai
 from .providers import open_provider
@@ -25,13 +23,13 @@ from .variables import SHORTEST_KEY
 
 
 class Source(Protocol):
-    """Where chunks come from."""
+    """Where deltas come from."""
 
     def needs_thread(self) -> bool:
-        """Whether `chunks` may block in something else than `wait_for`."""
+        """Whether `deltas` may block in something else than `wait_for`."""
 
-    def chunks(self, request: ModelRequest) -> Iterator[tuple[AIMessageChunk, Mapping[str, Any]]]:
-        """The chunks of one call, each with LangChain's generation info. Blocks."""
+    def deltas(self, request: ModelRequest) -> Iterator[Delta]:
+        """What one call of the model gives, with surrogates as they came. Blocks."""
 
     async def aclose(self) -> None: ...
 
@@ -61,7 +59,7 @@ class ChatModel:
     def _deltas(self, request: ModelRequest) -> Iterator[Delta]:
         has_begun = False
         try:
-            for delta in read_deltas(self._source.chunks(request)):
+            for delta in mended(self._source.deltas(request)):
                 has_begun = True
                 yield delta
         except Exception as error:

@@ -17,13 +17,13 @@ from typing import Any
 
 import attrs
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata, add_usage
 from pydantic import SecretStr, ValidationError
 
 from .chat import JsonObject
+from .deltas import Delta, delta_of
 from .errors import ConfigurationError, InvalidParamsError
-from .messages import ModelRequest
+from .messages import ModelRequest, to_langchain
 from .settings import Settings
 
 _OTHER_NAMES = {"max_tokens": ("max_output_tokens", "num_predict"), "timeout": ("request_timeout",)}
@@ -32,7 +32,7 @@ _OTHER_NAMES = {"max_tokens": ("max_output_tokens", "num_predict"), "timeout": (
 
 @attrs.frozen
 class ProviderSource:
-    """Chunks from a provider's LangChain class. ``build`` makes a model, with arguments besides those it has."""
+    """Deltas from a provider's LangChain class. ``build`` makes a model, with arguments besides those it has."""
 
     _name: str
     _build: Callable[..., BaseChatModel]
@@ -41,7 +41,7 @@ class ProviderSource:
     def needs_thread(self) -> bool:
         return True
 
-    def chunks(self, request: ModelRequest) -> Iterator[tuple[AIMessageChunk, Mapping[str, Any]]]:
+    def deltas(self, request: ModelRequest) -> Iterator[Delta]:
         parameters = dict(request.parameters)
         stop = parameters.pop("stop", None)
         tool_options = {name: parameters.pop(name, None) for name in ("tool_choice", "parallel_tool_calls")}
@@ -49,12 +49,12 @@ class ProviderSource:
         if request.tools and tool_options["tool_choice"] != "none":
             model = model.bind_tools(list(request.tools), **_for_bind_tools(model, **tool_options))
         usage: UsageMetadata | None = None
-        for chunk in model.stream(list(request.messages), stop=[stop] if isinstance(stop, str) else stop):
+        for chunk in model.stream(to_langchain(request.messages), stop=[stop] if isinstance(stop, str) else stop):
             if not chunk.usage_metadata:
-                yield chunk, {}
+                yield delta_of(chunk, {})
                 continue
             usage = add_usage(usage, chunk.usage_metadata)  # those of a stream are made to add up
-            yield chunk.model_copy(update={"usage_metadata": usage}), {}
+            yield delta_of(chunk.model_copy(update={"usage_metadata": usage}), {})
 
     async def aclose(self) -> None:
         """Does nothing: the clients close their connections when they go."""

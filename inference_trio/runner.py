@@ -29,7 +29,7 @@ from .errors import (
     UpstreamTimeoutError,
 )
 from .logs import log_context
-from .messages import ModelRequest, RoundAccumulator, to_langchain
+from .messages import Conversed, ModelRequest, RoundAccumulator
 from .protocol import Error, TaskNotification
 from .report import FailedAttempt, Observer, TaskReport, Timeline
 from .settings import Settings
@@ -94,7 +94,7 @@ class Runner:
 
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _results_came: trio.Event = attrs.field(factory=trio.Event)
-    _messages: list[BaseMessage] = attrs.field(factory=list)
+    _messages: list[Conversed] = attrs.field(factory=list)
     _provider_message: BaseMessage | None = None
     _used_ids: set[str] = attrs.field(factory=set)
     _has_begun: bool = False
@@ -222,7 +222,8 @@ class Runner:
 
     def _extend_messages(self) -> None:
         """Adds what has joined the conversation since the last round, the model's message as its provider has it."""
-        joined = to_langchain([*self.conversation, *self.task.messages][len(self._messages) :])
+        conversed: list[Conversed] = [*self.conversation, *self.task.messages]
+        joined = conversed[len(self._messages) :]
         if self._provider_message:
             joined[0] = self._provider_message
         self._messages += joined

@@ -23,23 +23,20 @@ class EventDecoder:
     answer_so_far: bytearray = attrs.field(factory=bytearray)
     """All that came before the first event; empty from then on."""
 
-    _line: bytearray = attrs.field(factory=bytearray)
-    _data: list[bytes] = attrs.field(factory=list)
-    _is_first_line: bool = True
+    _rest: bytearray = attrs.field(factory=bytearray)
+    """The beginning of an event."""
     _is_after_cr: bool = False
+    _is_first: bool = True
     _has_event: bool = False
     _size: int = 0
 
     def feed(self, read: bytes) -> list[bytes]:
         """The events that are complete with ``read``. Raises BrokenStreamError where one gets too large."""
-        lines = self._complete_lines(read)
-        events = [event for event in map(self._take, lines) if event]
-        self._size = len(self._line) if events else self._size + len(read)
-        self._has_event = self._has_event or bool(events)
-        if self._has_event:
-            self.answer_so_far.clear()
-        else:
-            self.answer_so_far += read
+        events = [event for event in map(_data_of, self._complete_blocks(read)) if event]
+        self._size = len(self._rest) if events else self._size + len(read)
+        if not self._has_event:
+            self._has_event = bool(events)
+            self.answer_so_far = bytearray() if events else self.answer_so_far + read
         if self._size > MAX_EVENT_BYTES:
             raise BrokenStreamError("The provider sent an event that is too large")
         return events
@@ -48,26 +45,32 @@ class EventDecoder:
         """The event that lacks its blank line, if there is one."""
         return self.feed(b"\n\n")
 
-    def _complete_lines(self, read: bytes) -> list[bytes]:
+    def _complete_blocks(self, read: bytes) -> list[bytes]:
+        """What lies between blank lines. An event that comes in many reads is put together once, at its end."""
+        read = self._with_plain_line_ends(read)
+        if self._rest:
+            if b"\n\n" not in self._rest[-1:] + read:
+                self._rest += read
+                return []
+            read = bytes(self._rest + read)
+        *blocks, rest = read.split(b"\n\n")
+        self._rest = bytearray(rest)
+        if self._is_first and blocks:
+            blocks[0] = blocks[0].removeprefix(_BYTE_ORDER_MARK)
+            self._is_first = False
+        return blocks
+
+    def _with_plain_line_ends(self, read: bytes) -> bytes:
         if self._is_after_cr and read:
             read, self._is_after_cr = read.removeprefix(b"\n"), False
-        self._is_after_cr = self._is_after_cr or read.endswith(b"\r")
-        *lines, rest = read.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        if lines:
-            lines[0] = bytes(self._line + lines[0])
-            self._line.clear()
-            if self._is_first_line:
-                lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
-                self._is_first_line = False
-        self._line += rest
-        return lines
+        if b"\r" in read:
+            self._is_after_cr = read.endswith(b"\r")
+            read = read.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return read
 
-    def _take(self, line: bytes) -> bytes | None:
-        """The event that ``line`` ends, if it ends one."""
-        if not line:
-            event, self._data = b"\n".join(self._data).strip(), []
-            return event
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            self._data.append(value.removeprefix(b" "))
-        return None
+
+def _data_of(block: bytes) -> bytes:
+    if block.startswith(b"data:") and b"\n" not in block:
+        return block[5:].strip()
+    lines = (line.partition(b":") for line in block.split(b"\n"))
+    return b"\n".join(value.removeprefix(b" ") for field, _, value in lines if field == b"data").strip()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessageChunk
 
-from inference_trio.deltas import Delta, ToolCallDelta, delta_of, read_deltas
+from inference_trio.deltas import Delta, ToolCallDelta, delta_of, mended
 from inference_trio.protocol import Usage
 
 
@@ -109,7 +109,7 @@ def test_finish_reasons_are_in_openais_words(metadata: dict[str, Any], reason: s
 
 
 def texts(*pieces: str) -> list[str]:
-    return [delta.text for delta in read_deltas((chunk(piece), {}) for piece in pieces)]
+    return [delta.text for delta in mended(delta_of(chunk(piece), {}) for piece in pieces)]
 
 
 def test_a_surrogate_pair_cut_in_two_comes_out_whole() -> None:
@@ -118,7 +118,7 @@ def test_a_surrogate_pair_cut_in_two_comes_out_whole() -> None:
 
 def test_half_a_pair_waits_while_other_things_come() -> None:
     said = [chunk("\ud83d"), chunk(additional_kwargs={"reasoning": "hm"}), chunk("\ude00")]
-    deltas = list(read_deltas((message, {}) for message in said))
+    deltas = list(mended(delta_of(message, {}) for message in said))
     assert [delta.text for delta in deltas] == ["", "", "😀"]
     assert [delta.reasoning for delta in deltas] == ["", "hm", ""]
 
@@ -133,7 +133,7 @@ def test_half_a_pair_at_the_end_is_not_swallowed() -> None:
 
 def test_reasoning_is_mended_as_well() -> None:
     said = [chunk(additional_kwargs={"reasoning": half}) for half in ("\ud83d", "\ude00\ud83d")]
-    assert [delta.reasoning for delta in read_deltas((message, {}) for message in said)] == ["", "😀", "\ufffd"]
+    assert [delta.reasoning for delta in mended(delta_of(message, {}) for message in said)] == ["", "😀", "\ufffd"]
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)

@@ -227,7 +227,7 @@ async def test_a_defect_of_ours_is_not_taken_for_the_providers() -> None:
         def needs_thread(self) -> bool:
             return False
 
-        def chunks(self, request: ModelRequest) -> Any:
+        def deltas(self, request: ModelRequest) -> Any:
             raise LookupError("a defect")
 
     model = ChatModel("m", Broken(), trio.CapacityLimiter(1))  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from langchain_openai import ChatOpenAI
 from langchain_openai.chat_models.base import BaseChatOpenAI
 
 from inference_trio import openai_model
-from inference_trio.deltas import Delta, ToolCallDelta, read_deltas
+from inference_trio.deltas import Delta, ToolCallDelta, mended
 from inference_trio.errors import BrokenStreamError, ConfigurationError, InvalidParamsError
 from inference_trio.messages import ModelRequest, to_langchain
 from inference_trio.openai_model import OpenAISource, open_openai
@@ -68,13 +68,12 @@ class Endpoint(httpx2.BaseTransport):
 def source(endpoint: Endpoint, **settings: Any) -> OpenAISource:
     chosen = {"base_url": "http://upstream.test/v1", "api_key": Secret(KEY), "model_name": "m"} | settings
     made = Settings(**chosen)
-    client = openai_model._openai_client(made, endpoint)
-    return OpenAISource(openai_model._chat_openai(made, client), httpx2.AsyncHTTPTransport())
+    return OpenAISource(openai_model._chat_openai(made, endpoint), httpx2.AsyncHTTPTransport())
 
 
 def deltas(endpoint: Endpoint, request: ModelRequest | None = None, **settings: Any) -> list[Delta]:
     request = request or ModelRequest(HELLO)
-    return list(read_deltas(source(endpoint, **settings).chunks(request)))
+    return list(mended(source(endpoint, **settings).deltas(request)))
 
 
 def body(request: ModelRequest | None = None, **settings: Any) -> dict[str, Any]:
@@ -174,8 +173,9 @@ def test_only_connecting_has_a_time_limit() -> None:
 
 
 def test_the_client_does_not_try_again() -> None:
-    with pytest.raises(openai.InternalServerError):
+    with pytest.raises(openai.APIStatusError) as caught:
         deltas(endpoint := Endpoint(b'{"error": {"message": "down"}}', status=500))
+    assert (caught.value.status_code, caught.value.body) == (500, {"error": {"message": "down"}})
     assert len(endpoint.requests) == 1
 
 
@@ -221,7 +221,7 @@ def test_a_structured_answer_streams_like_any_other() -> None:
 
 
 def test_leaving_the_stream_closes_the_response() -> None:
-    chunks = source(endpoint := Endpoint()).chunks(ModelRequest(HELLO))
+    chunks = source(endpoint := Endpoint()).deltas(ModelRequest(HELLO))
     next(chunks)
     assert isinstance(chunks, Iterator)
     chunks.close()  # type: ignore[attr-defined]

@@ -288,12 +288,11 @@ def test_other_classes_may_have_other_names(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("langchain.chat_models.init_chat_model", init_chat_model)
     source = open_provider(settings(first_token_timeout=5.0, token_timeout=7.0, api_key=None))
-    assert [chunk.content for chunk, _ in source.chunks(ModelRequest(HELLO, [WEATHER], {"max_tokens": 3}))][:2] == list(
-        "Hi"
-    )
+    answer = source.deltas(ModelRequest(HELLO, [WEATHER], {"max_tokens": 3}))
+    assert [delta.text for delta in answer][:2] == ["H", "i"]
     assert made == [{}, {"client_kwargs": {"timeout": 7.0}}, {"client_kwargs": {"timeout": 7.0}, "num_predict": 3}]
     with pytest.raises(InvalidParamsError, match="parallel_tool_calls"):
-        list(source.chunks(ModelRequest(HELLO, [WEATHER], {"parallel_tool_calls": True})))
+        list(source.deltas(ModelRequest(HELLO, [WEATHER], {"parallel_tool_calls": True})))
 
 
 def test_usage_that_comes_in_parts_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,5 +303,5 @@ def test_usage_that_comes_in_parts_is_added_up(monkeypatch: pytest.MonkeyPatch) 
                 yield chunk
 
     source = providers.ProviderSource("m", lambda **_: pytest.fail("made another model"), Counts(responses=["abc"]))
-    counts = [chunk.usage_metadata["output_tokens"] for chunk, _ in source.chunks(ModelRequest(HELLO)) if chunk.content]
-    assert counts == [1, 2, 3]
+    answer = source.deltas(ModelRequest(HELLO))
+    assert [delta.usage and delta.usage.output_tokens for delta in answer if delta.text] == [1, 2, 3]

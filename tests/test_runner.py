@@ -102,10 +102,10 @@ async def test_a_tool_round_goes_on_with_the_results() -> None:
     assert last(runner).usage.total_tokens == 30
     assert [message["role"] for message in last(runner).messages] == ["assistant", "tool", "assistant"]
     first, second = model.requests
-    assert [message.type for message in first.messages] == ["human"]
-    assert [message.type for message in second.messages] == ["human", "ai", "tool"]
-    assert second.messages[1].additional_kwargs["reasoning_content"] == "hm"
-    assert second.messages[1].tool_calls[0]["args"] == {"at": "it"}
+    assert [message["role"] for message in first.messages] == ["user"]
+    assert [message["role"] for message in second.messages] == ["user", "assistant", "tool"]
+    assert second.messages[1]["reasoning_content"] == "hm"
+    assert second.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"at":"it"}'
 
 
 async def test_a_call_that_cannot_be_carried_out_never_reaches_the_client() -> None:
@@ -115,8 +115,9 @@ async def test_a_call_that_cannot_be_carried_out_never_reaches_the_client() -> N
     runner = make_runner(model)
     await runner.run()
     assert kinds(runner) == [TextChunk, End]
-    assert [message.type for message in model.requests[1].messages] == ["human", "ai", "tool", "tool"]
-    assert all(message.content.startswith("Error: ") for message in model.requests[1].messages[2:])
+    messages = model.requests[1].messages
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool"]
+    assert all(message["content"].startswith("Error: ") for message in messages[2:])
 
 
 async def test_a_forced_tool_choice_is_for_the_first_round() -> None:
