@@ -1,10 +1,9 @@
-"""The answer of a chat completion from the bytes of its event stream.
+"""Chunks of a chat completion from the bytes of its event stream.
 
-All events of one read are handled together, so that text that has piled up while the server was busy goes on in one
-piece. Text, which is nearly all that comes, is a `Delta` at once. Anything else becomes a chunk for LangChain: a
-plain dict, because LangChain takes those as well as the model objects of OpenAI's client, which cost more to make
-than all the rest. The types below say what compatible servers may leave out or send as ``null``; whatever else there
-is in a chunk is not looked at.
+All events of one read are handled together: text that has piled up while the server was busy goes on to LangChain
+as one chunk. What comes out are plain dicts, because LangChain takes those as well as the model objects of OpenAI's
+client, and making the objects costs more than all the rest. The types below say what compatible servers may leave out
+or send as ``null``; whatever else there is in a chunk is not looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from .chat import JsonObject
-from .deltas import REASONING_FIELDS, Delta
+from .deltas import REASONING_FIELDS
 from .errors import BrokenStreamError
 from .sse import EventDecoder
 from .upstream_errors import ErrorInStreamError
@@ -69,29 +68,27 @@ _USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _decoder = msgspec.json.Decoder(_Chunk)
 
 
-def read_answer(reads: Iterable[bytes]) -> Iterator[Delta | JsonObject]:
-    """What a stream says, up to ``[DONE]`` or its end. ``reads`` are its bytes as they come.
+NOTHING_YET: JsonObject = {"choices": [], "usage": None}
+"""The chunk for a read that brought nothing."""
+
+
+def read_chunks(reads: Iterable[bytes]) -> Iterator[JsonObject]:
+    """The chunks of a stream, up to ``[DONE]`` or its end. ``reads`` are its bytes as they come.
 
     Raises ErrorInStreamError for an error that the provider reports in place of a chunk, and BrokenStreamError
     where there is no event at all or one is no chunk.
     """
     decoder = EventDecoder()
     for read in itertools.chain(reads, (None,)):
+        if read == b"":
+            yield NOTHING_YET
+            continue
         events = decoder.finish() if read is None else decoder.feed(read)
         yield from _joined(itertools.takewhile(_DONE.__ne__, events))
         if _DONE in events:
             return
     if decoder.answer_so_far:
         _refuse(bytes(decoder.answer_so_far))
-
-
-def read_chunks(reads: Iterable[bytes]) -> Iterator[JsonObject]:
-    """The same in chunks for LangChain, and nothing else."""
-    for item in read_answer(reads):
-        if isinstance(item, Delta):
-            yield _langchain_chunk({item.reasoning_field: item.reasoning} if item.reasoning else {"content": item.text})
-        else:
-            yield item
 
 
 def _refuse(answer: bytes) -> NoReturn:
@@ -106,12 +103,11 @@ def _refuse(answer: bytes) -> NoReturn:
     raise BrokenStreamError(f"The provider's answer is {what}")
 
 
-def _joined(events: Iterable[bytes]) -> Iterator[Delta | JsonObject]:
-    """What these events say, with text put together, up to the first that makes no sense, for which it raises."""
+def _joined(events: Iterable[bytes]) -> Iterator[JsonObject]:
+    """The chunks, with those of nothing but text put together, up to the first failure, which is raised."""
     for field, run in itertools.groupby(map(_attempt, events), key=_first):
         if field:
-            text = "".join(text for _, text in run)
-            yield Delta(text=text) if field == "content" else Delta(reasoning=text, reasoning_field=field)
+            yield _langchain_chunk({field: "".join(text for _, text in run)})
         else:
             for _, item in run:
                 if isinstance(item, Exception):

@@ -47,11 +47,11 @@ class Delta:
     opaque: AIMessageChunk | None = None
 
 
-def mended(deltas: Iterable[Delta]) -> Iterator[Delta]:
+def mended(deltas: Iterable[Delta | None]) -> Iterator[Delta | None]:
     """The same deltas, but text that can be encoded."""
     halves: dict[str, str] = {}
     for delta in deltas:
-        yield _mended(delta, halves) if halves or not _is_encodable(delta) else delta
+        yield _mended(delta, halves) if delta and (halves or not _is_encodable(delta)) else delta
     if halves:
         lone: dict[str, Any] = dict.fromkeys(halves, "\N{REPLACEMENT CHARACTER}")
         yield Delta(**lone)

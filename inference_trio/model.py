@@ -1,6 +1,6 @@
 """The chat model: what the rest of the server knows of LangChain and the providers.
 
-A model's own code blocks, so it runs apart (`bridge`), where also what it raises becomes an exception of ours.
+A model's own code blocks, so `stream_in_thread` runs it; what it raises becomes an exception of ours there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 import attrs
 import trio
 
-from .bridge import stream_blocking
+from .bridge import stream_in_thread
 from .deltas import Delta, mended
 from .messages import ModelRequest
 from .openai_model import open_openai
@@ -25,11 +25,8 @@ from .variables import SHORTEST_KEY
 class Source(Protocol):
     """Where deltas come from."""
 
-    def needs_thread(self) -> bool:
-        """Whether `deltas` may block in something else than `wait_for`."""
-
-    def deltas(self, request: ModelRequest) -> Iterator[Delta]:
-        """What one call of the model gives, with surrogates as they came. Blocks."""
+    def deltas(self, request: ModelRequest) -> Iterator[Delta | None]:
+        """What one call of the model gives, with surrogates as they came. For `stream_in_thread`."""
 
     async def aclose(self) -> None: ...
 
@@ -49,18 +46,17 @@ class ChatModel:
         Raises, for whatever the provider did, an InferenceError that says whether another attempt makes sense;
         InvalidParamsError for a parameter that the provider does not take. Cancelling it closes the request.
         """
-        threads = self._limiter if self._source.needs_thread() else None
-        await stream_blocking(partial(self._deltas, request), receive, threads=threads)
+        await stream_in_thread(partial(self._deltas, request), receive, limiter=self._limiter)
 
     async def aclose(self) -> None:
         """Close the connections to the provider."""
         await self._source.aclose()
 
-    def _deltas(self, request: ModelRequest) -> Iterator[Delta]:
+    def _deltas(self, request: ModelRequest) -> Iterator[Delta | None]:
         has_begun = False
         try:
             for delta in mended(self._source.deltas(request)):
-                has_begun = True
+                has_begun = has_begun or delta is not None
                 yield delta
         except Exception as error:
             ours = translated(error, has_begun=has_begun, secrets=self._secrets)

@@ -2,33 +2,32 @@
 
 `ChatOpenAI` is made for OpenAI's own models: it drops what other providers add to messages and chunks, renames
 and reroutes by the name of the model, and reads the environment. `CompatibleChatOpenAI` undoes that through its
-hooks. It makes the request and reads the chunks of the answer; sending the one and cutting up the other is done here,
-by `Completions`, which stands in for OpenAI's client. Those who trace or call back get LangChain's own `stream`.
+hooks, and reads the stream with a client of ours, while requests, keys and error statuses remain the work of
+OpenAI's client. Its requests go through the `TrioTransport`, in a thread of `stream_in_thread`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import attrs
 import httpx2
-import msgspec
 import openai
 from langchain_core.callbacks import CallbackManager
 from langchain_core.messages import AIMessageChunk
 from langchain_core.outputs import ChatGenerationChunk
 from langchain_openai import ChatOpenAI
+from openai.resources.chat import Completions
 from pydantic import SecretStr
 
-from . import __version__
-from .bridge import TrioTransport
+from .bridge import TrioTransport, reads_of
 from .chat import JsonObject
-from .chunks import read_answer, read_chunks
+from .chunks import NOTHING_YET, read_chunks
 from .deltas import REASONING_FIELDS, Delta, delta_of
 from .errors import ConfigurationError, InvalidParamsError
-from .messages import Conversed, ModelRequest, to_langchain, wire_form
+from .messages import ModelRequest, to_langchain, wire_form
 from .settings import Settings
 from .upstream_http import StreamTransport
 
@@ -40,60 +39,26 @@ _NO_KEY = "none"  # the clients insist on one
 _NOT_IN_RESPONSES_API = ("stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias")
 
 
+_NOTHING_YET = ChatGenerationChunk(message=AIMessageChunk(content=""))
+"""What LangChain passes on for `chunks.NOTHING_YET`."""
+
+
 @attrs.frozen
-class Completions:
+class CompletionsClient:
     """Stands in for OpenAI's ``client.chat.completions``: the same requests, but plain dicts for chunks."""
 
-    _url: httpx2.URL
-    _headers: dict[str, str] = attrs.field(repr=False)  # the key is in it
-    _timeout: httpx2.Timeout
-    _transport: httpx2.BaseTransport
+    _completions: Completions
 
     @contextlib.contextmanager
     def create(self, **payload: Any) -> Iterator[Iterator[JsonObject]]:
-        """For LangChain."""
-        with self.answer(payload) as reads:
+        with self._completions.with_streaming_response.create(**payload) as response:
+            # Whoever observes it would be told of nothing, and may block.
+            reads = response.iter_bytes() if _is_observed() else reads_of(response.http_response)
             yield read_chunks(reads)
-
-    @contextlib.contextmanager
-    def answer(self, payload: JsonObject) -> Iterator[Iterator[bytes]]:
-        """The bytes of the answer. Raises `openai.APIStatusError` where its status is not a good one."""
-        body = {name: value for name, value in payload.items() if name != "extra_body"} | payload.get("extra_body", {})
-        request = httpx2.Request(
-            "POST",
-            self._url,
-            headers=self._headers,
-            content=msgspec.json.encode(body),
-            extensions={"timeout": self._timeout.as_dict()},
-        )
-        with contextlib.closing(self._transport.handle_request(request)) as response:
-            if not response.is_success:
-                response.request = request
-                raise _status_error(response)
-            yield response.iter_bytes()
-
-
-def _status_error(response: httpx2.Response) -> openai.APIStatusError:
-    try:
-        body: Any = msgspec.json.decode(response.read())
-    except (ValueError, RecursionError):
-        body = response.text
-    return openai.APIStatusError(f"status {response.status_code}", response=response, body=body)
 
 
 class CompatibleChatOpenAI(ChatOpenAI):
     """`ChatOpenAI` that sends and receives everything as it is, whatever the model's name."""
-
-    def deltas(self, messages: Sequence[Conversed], **arguments: Any) -> Iterator[Delta]:
-        """What `stream` does, without callbacks, and without keeping every chunk for them until the end."""
-        if self.stream_usage:
-            arguments["stream_options"] = {"include_usage": True}
-        with self.client.answer(self._get_request_payload(messages, stream=True, **arguments)) as reads:
-            for item in read_answer(reads):
-                if isinstance(item, Delta):
-                    yield item
-                elif chunk := self._convert_chunk_to_generation_chunk(item, AIMessageChunk, None):
-                    yield delta_of(cast("AIMessageChunk", chunk.message), chunk.generation_info or {})
 
     def _get_request_payload(self, input_: Any, *, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         """``input_`` may have messages in OpenAI's format; those, and what was made from them, go as they are."""
@@ -115,6 +80,8 @@ class CompatibleChatOpenAI(ChatOpenAI):
     def _convert_chunk_to_generation_chunk(
         self, chunk: dict[str, Any], default_chunk_class: type, base_generation_info: dict[str, Any] | None
     ) -> ChatGenerationChunk | None:
+        if chunk is NOTHING_YET:
+            return _NOTHING_YET
         converted = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
         if converted and chunk["choices"]:
             delta = chunk["choices"][0]["delta"]
@@ -134,16 +101,19 @@ class OpenAISource:
     _model: CompatibleChatOpenAI
     _transport: httpx2.AsyncBaseTransport
 
-    def needs_thread(self) -> bool:
-        return _is_observed()
-
-    def deltas(self, request: ModelRequest) -> Iterator[Delta]:
+    def deltas(self, request: ModelRequest) -> Iterator[Delta | None]:
+        """What the model says; ``None`` where nothing has come yet."""
         arguments = self._arguments(request)
-        if self.needs_thread() or self._model.use_responses_api:
+        if _is_observed():
             for message in self._model.stream(to_langchain(request.messages), **arguments):
                 yield delta_of(message, message.response_metadata)
-        else:
-            yield from self._model.deltas(request.messages, **arguments)
+            return
+        raw = not self._model.use_responses_api
+        messages: Any = list(request.messages) if raw else to_langchain(request.messages)
+        # `stream` keeps every chunk, and merges them at the end for callbacks that nobody has set.
+        for chunk in self._model._stream(messages, **arguments):  # noqa: SLF001
+            message = cast("AIMessageChunk", chunk.message)
+            yield None if chunk is _NOTHING_YET else delta_of(message, chunk.generation_info or {})
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -167,20 +137,31 @@ def open_openai(settings: Settings) -> OpenAISource:
     # llama.cpp announces that it keeps a connection, and closes it.
     keepalive_expiry = 0.0 if settings.provider == "local" else KEEPALIVE_EXPIRY
     transport = StreamTransport(keepalive_expiry)
-    return OpenAISource(_chat_openai(settings, TrioTransport(transport)), transport)
+    return OpenAISource(_chat_openai(settings, _openai_client(settings, TrioTransport(transport))), transport)
 
 
-def _chat_openai(settings: Settings, transport: httpx2.BaseTransport) -> CompatibleChatOpenAI:
+def _openai_client(settings: Settings, transport: httpx2.BaseTransport) -> openai.OpenAI:
+    """The client of one key and one endpoint. Only connecting has a time limit here; Trio has the others."""
+    timeout = httpx2.Timeout(None, connect=settings.connect_timeout)
+    key = settings.api_key.reveal() if settings.api_key else _NO_KEY
+    client = openai.OpenAI(
+        api_key=key,
+        base_url=settings.base_url,
+        timeout=timeout,
+        max_retries=0,
+        default_headers={
+            "Authorization": f"Bearer {key}",  # else OPENAI_CUSTOM_HEADERS may have another
+            "Accept-Encoding": "identity",  # a compressed stream is not worth the delay
+        },
+        http_client=httpx2.Client(transport=transport, timeout=timeout, trust_env=False),
+    )
+    client.organization = client.project = None  # which it has read from the environment
+    return client
+
+
+def _chat_openai(settings: Settings, client: openai.OpenAI) -> CompatibleChatOpenAI:
     """Whatever is given explicitly here would otherwise come from the environment or the name of the model."""
-    client = _openai_client(settings, transport)
-    headers = {
-        "Authorization": f"Bearer {client.api_key}",
-        "Content-Type": "application/json",
-        "Accept": "text/event-stream",
-        "User-Agent": f"inference_trio/{__version__}",
-    }
-    url = httpx2.URL(f"{str(client.base_url).rstrip('/')}/chat/completions")
-    completions = Completions(url, headers, _time_limits(settings), transport)
+    completions = CompletionsClient(client.chat.completions)
     return CompatibleChatOpenAI(
         model=settings.model_name,
         temperature=None,
@@ -196,27 +177,6 @@ def _chat_openai(settings: Settings, transport: httpx2.BaseTransport) -> Compati
         root_client=client,
         async_client=completions,  # so that LangChain does not make one, with another pool of connections
     )
-
-
-def _openai_client(settings: Settings, transport: httpx2.BaseTransport) -> openai.OpenAI:
-    """The client of one key and one endpoint."""
-    timeout = _time_limits(settings)
-    key = settings.api_key.reveal() if settings.api_key else _NO_KEY
-    client = openai.OpenAI(
-        api_key=key,
-        base_url=settings.base_url,
-        timeout=timeout,
-        max_retries=0,
-        default_headers={"Authorization": f"Bearer {key}"},  # else OPENAI_CUSTOM_HEADERS may have another
-        http_client=httpx2.Client(transport=transport, timeout=timeout, trust_env=False),
-    )
-    client.organization = client.project = None  # which it has read from the environment
-    return client
-
-
-def _time_limits(settings: Settings) -> httpx2.Timeout:
-    """Only connecting has one here; Trio has the others."""
-    return httpx2.Timeout(None, connect=settings.connect_timeout)
 
 
 def _is_observed() -> bool:

@@ -38,9 +38,6 @@ class ProviderSource:
     _build: Callable[..., BaseChatModel]
     _model: BaseChatModel
 
-    def needs_thread(self) -> bool:
-        return True
-
     def deltas(self, request: ModelRequest) -> Iterator[Delta]:
         parameters = dict(request.parameters)
         stop = parameters.pop("stop", None)

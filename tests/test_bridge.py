@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import math
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
@@ -23,12 +24,13 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from inference_trio import bridge
-from inference_trio.bridge import TrioTransport, call_blocking, stream_blocking, wait_for
+from inference_trio.bridge import TrioTransport, reads_of, stream_in_thread
 from inference_trio.upstream_http import StreamTransport
 
 URL = "http://upstream.test/"
 
 T = TypeVar("T")
+Limiter = trio.CapacityLimiter
 
 Step = bytes | trio.Event | Exception
 """One step of a scripted body: send these bytes, wait for this event, or fail with this error."""
@@ -97,12 +99,11 @@ class Sink:
         await trio.lowlevel.checkpoint()
 
 
-async def tell(event: trio.Event) -> None:
-    event.set()
+Lines = Callable[[httpx2.AsyncBaseTransport], Callable[[], Iterator[str | None]]]
+"""What a provider's client does in small: an item for every line that is no comment."""
 
 
-def lines(transport: httpx2.AsyncBaseTransport) -> Callable[[], Iterator[str]]:
-    """What a provider's client does in small: an item for every line that is no comment."""
+def lines_in_thread(transport: httpx2.AsyncBaseTransport) -> Callable[[], Iterator[str | None]]:
     client = httpx2.Client(transport=TrioTransport(transport))
 
     def iterate() -> Iterator[str]:
@@ -114,22 +115,48 @@ def lines(transport: httpx2.AsyncBaseTransport) -> Callable[[], Iterator[str]]:
     return iterate
 
 
-@pytest.fixture(params=["greenlet", "thread"])
-def threads(request: pytest.FixtureRequest) -> Iterator[trio.CapacityLimiter | None]:
-    """Both ways to run blocking code, which have to behave alike. At the end no thread may be left."""
-    limiter = trio.CapacityLimiter(200) if request.param == "thread" else None
+def lines_in_trio(transport: httpx2.AsyncBaseTransport) -> Callable[[], Iterator[str | None]]:
+    client = httpx2.Client(transport=TrioTransport(transport))
+
+    def iterate() -> Iterator[str | None]:
+        rest = b""
+        with client.stream("POST", URL, json={"stream": True}) as response:
+            for read in reads_of(response):
+                *complete, rest = (rest + read).split(b"\n")
+                yield from (line.decode() for line in complete if not line.startswith(b":"))
+                if not read:
+                    yield None
+
+    return iterate
+
+
+def first_of(iterator: Iterator[str | None]) -> Iterator[str | None]:
+    """Not more than its first item."""
+    for item in iterator:
+        yield item
+        if item is not None:
+            return
+
+
+@pytest.fixture(scope="module", params=[lines_in_thread, lines_in_trio])
+def lines(request: pytest.FixtureRequest) -> Lines:
+    """Both ways to iterate, which have to behave alike."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def limiter() -> Iterator[Limiter]:
+    """At the end no thread may be left."""
+    limiter = trio.CapacityLimiter(200)
     yield limiter
-    assert limiter is None or limiter.borrowed_tokens == 0
-
-
-Threads = trio.CapacityLimiter | None
+    assert limiter.borrowed_tokens == 0
 
 
 async def stream_until(
     reached: trio.Event,
     iterate: Callable[[], Iterator[Any]],
     receive: Callable[[Any], Awaitable[None]],
-    threads: Threads,
+    limiter: Limiter,
 ) -> None:
     """Cancel the stream once ``reached`` is set."""
 
@@ -141,107 +168,8 @@ async def stream_until(
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as scope:
                 nursery.start_soon(cancel, scope)
-                await stream_blocking(iterate, receive, threads=threads)
+                await stream_in_thread(iterate, receive, limiter=limiter)
     assert scope.cancelled_caught
-
-
-# Calls
-
-
-async def test_a_call_returns_what_its_function_returns_and_raises_what_it_raises() -> None:
-    error = ValueError("broken")
-
-    def fail() -> None:
-        raise error
-
-    assert await call_blocking(lambda: 7) == 7
-    with pytest.raises(ValueError, match="broken") as caught:
-        await call_blocking(fail)
-    assert caught.value is error
-
-
-async def test_what_is_waited_for_is_awaited_in_the_task_that_called() -> None:
-    async def who(answer: int) -> tuple[int, trio.lowlevel.Task]:
-        await trio.lowlevel.checkpoint()
-        return answer, trio.lowlevel.current_task()
-
-    task = trio.lowlevel.current_task()
-    assert await call_blocking(lambda: [wait_for(who, n) for n in range(3)]) == [(n, task) for n in range(3)]
-
-
-async def test_what_is_waited_for_raises_where_it_is_waited_for() -> None:
-    async def fail() -> None:
-        await trio.lowlevel.checkpoint()
-        raise KeyError("broken")
-
-    def function() -> str:
-        try:
-            wait_for(fail)
-        except KeyError as error:
-            return f"caught {error}"
-        return "nothing"
-
-    assert await call_blocking(function) == "caught 'broken'"
-
-
-async def test_calls_run_at_a_time_and_within_each_other() -> None:
-    log: list[str] = []
-
-    async def inner(name: str) -> None:
-        await call_blocking(lambda: wait_for(note, f"{name} inner"))
-
-    async def note(what: str) -> None:
-        await trio.testing.wait_all_tasks_blocked()
-        log.append(what)
-
-    def outer(name: str) -> None:
-        log.append(f"{name} begins")
-        wait_for(inner, name)
-        log.append(f"{name} ends")
-
-    with trio.fail_after(10):
-        async with trio.open_nursery() as nursery:
-            for name in ("a", "b"):
-                nursery.start_soon(call_blocking, partial(outer, name))
-    assert sorted(log[:2]) == ["a begins", "b begins"]
-    assert sorted(log[2:]) == ["a ends", "a inner", "b ends", "b inner"]
-
-
-async def test_a_cancelled_call_may_wait_for_more_on_its_way_out() -> None:
-    log: list[str] = []
-
-    async def tidy_up() -> None:
-        with trio.CancelScope(shield=True):
-            await trio.lowlevel.checkpoint()
-            log.append("tidied up")
-        await trio.lowlevel.checkpoint()
-
-    def function() -> None:
-        try:
-            wait_for(trio.sleep_forever)
-        finally:
-            wait_for(tidy_up)
-
-    with trio.CancelScope() as scope:
-        scope.cancel()
-        await call_blocking(function)
-    assert scope.cancelled_caught
-    assert log == ["tidied up"]
-
-
-async def test_context_variables_are_seen_and_a_change_stays_within() -> None:
-    name = ContextVar[str]("name", default="nothing")
-    seen: list[str] = []
-
-    def function() -> None:
-        seen.append(name.get())
-        name.set("changed")
-        wait_for(trio.lowlevel.checkpoint)
-        seen.append(name.get())
-
-    name.set("outside")
-    await call_blocking(function)
-    assert [*seen, name.get()] == ["outside", "changed", "outside"]
 
 
 # Items and bytes
@@ -254,7 +182,7 @@ async def test_context_variables_are_seen_and_a_change_stays_within() -> None:
     naps=st.lists(st.integers(0, 2), min_size=1),
 )
 async def test_all_items_arrive_in_order_however_the_bytes_are_cut(
-    words: list[str], sizes: list[int], naps: list[int]
+    lines: Lines, words: list[str], sizes: list[int], naps: list[int]
 ) -> None:
     data = "".join(f"{word}\n" for word in words).encode()
     steps = []
@@ -273,20 +201,86 @@ async def test_all_items_arrive_in_order_however_the_bytes_are_cut(
 
     transport = ScriptedTransport(*steps)
     with trio.fail_after(10):
-        await stream_blocking(lines(transport), receive)
+        await stream_in_thread(lines(transport), receive, limiter=trio.CapacityLimiter(1))
     assert received == words
     assert transport.open == 0
 
 
-async def test_any_iterator_will_do_and_a_request_is_not_needed(threads: Threads) -> None:
+async def test_what_waits_is_given_in_one_go_and_then_nothing(limiter: Limiter) -> None:
+    more = trio.Event()
+    transport, pulled = ScriptedTransport(b"a", b"", b"b", more, b"c"), list[bytes]()
+
+    def iterate() -> Iterator[bytes | None]:
+        with httpx2.Client(transport=TrioTransport(transport)).stream("GET", URL) as response:
+            for read in reads_of(response):
+                pulled.append(read)
+                yield read or None
+
+    async def receive(read: bytes) -> None:
+        more.set()
+
+    with trio.fail_after(10):
+        await stream_in_thread(iterate, receive, limiter=limiter)
+    assert [read for read in pulled if read] == [b"a", b"b", b"c"]
+    assert pulled[0] == b"", "the headers have come, and no more"
+
+
+async def test_no_thread_is_held_once_the_iterator_waits(limiter: Limiter) -> None:
+    transport, places = ScriptedTransport(b"one\ntwo\n"), list[Any]()
+
+    async def receive(item: str) -> None:
+        places.append((item, limiter.borrowed_tokens))
+
+    with trio.fail_after(10):
+        await stream_in_thread(lines_in_trio(transport), receive, limiter=limiter)
+        await stream_in_thread(lines_in_thread(transport), receive, limiter=limiter)
+    assert places == [("one", 0), ("two", 0), ("one", 1), ("two", 1)]
+
+
+async def test_the_beginning_does_not_run_in_the_event_loop(limiter: Limiter) -> None:
+    threads: list[int] = []
+
+    def iterate() -> Iterator[None]:
+        threads.append(threading.get_ident())
+        yield from ()
+
+    with trio.fail_after(10):
+        await stream_in_thread(iterate, Sink(), limiter=limiter)
+    assert threads != [threading.get_ident()]
+
+
+async def test_a_compressed_body_is_waited_for(limiter: Limiter) -> None:
+    body = gzip.compress(b"one\ntwo\n")
+    transport = ScriptedTransport(body[:9], body[9:], headers={"Content-Encoding": "gzip"})
+    with trio.fail_after(10):
+        await stream_in_thread(lines_in_trio(transport), sink := Sink(), limiter=limiter)
+    assert sink.items == ["one", "two"]
+
+
+async def test_to_wait_without_a_request_or_to_make_one_later_is_an_error(limiter: Limiter) -> None:
+    client = httpx2.Client(transport=TrioTransport(ScriptedTransport()))
+
+    def iterate() -> Iterator[None]:
+        client.get(URL)
+        yield None
+        client.get(URL)
+
+    with trio.fail_after(10):
+        with pytest.raises(RuntimeError, match="made no request"):
+            await stream_in_thread(lambda: itertools.repeat(None), Sink(), limiter=limiter)
+        with pytest.raises(RuntimeError, match="thread"):
+            await stream_in_thread(iterate, Sink(), limiter=limiter)
+
+
+async def test_any_iterator_will_do_and_a_request_is_not_needed(limiter: Limiter) -> None:
     sink = Sink()
     with trio.fail_after(10):
-        await stream_blocking(lambda: iter(range(1000)), sink, threads=threads)
-        await stream_blocking(lambda: iter(()), sink, threads=threads)
+        await stream_in_thread(lambda: iter(range(1000)), sink, limiter=limiter)
+        await stream_in_thread(lambda: iter(()), sink, limiter=limiter)
     assert sink.items == list(range(1000))
 
 
-async def test_the_request_reaches_the_transport_as_it_was_made(threads: Threads) -> None:
+async def test_the_request_reaches_the_transport_as_it_was_made(limiter: Limiter) -> None:
     transport = ScriptedTransport()
     client = httpx2.Client(transport=TrioTransport(transport))
 
@@ -295,7 +289,7 @@ async def test_the_request_reaches_the_transport_as_it_was_made(threads: Threads
         yield from ()
 
     with trio.fail_after(10):
-        await stream_blocking(iterate, Sink(), threads=threads)
+        await stream_in_thread(iterate, Sink(), limiter=limiter)
     [request] = transport.requests
     assert await request.aread() == b"not bytes"
     assert isinstance(request.stream, httpx2.AsyncByteStream)
@@ -303,7 +297,7 @@ async def test_the_request_reaches_the_transport_as_it_was_made(threads: Threads
     assert request.extensions["timeout"]["read"] == 7
 
 
-async def test_context_variables_reach_the_iterator_and_the_transport(threads: Threads) -> None:
+async def test_context_variables_reach_the_iterator_and_the_transport(lines: Lines, limiter: Limiter) -> None:
     name = ContextVar[str]("name")
     seen: list[str] = []
 
@@ -314,11 +308,11 @@ async def test_context_variables_reach_the_iterator_and_the_transport(threads: T
 
     name.set("stream 1")
     with trio.fail_after(10):
-        await stream_blocking(lines(Transport()), Sink(), threads=threads)
+        await stream_in_thread(lines(Transport()), Sink(), limiter=limiter)
     assert seen == ["stream 1"]
 
 
-async def test_a_hundred_streams_share_one_transport_and_get_each_their_own(threads: Threads) -> None:
+async def test_a_hundred_streams_share_one_transport_and_get_each_their_own(lines: Lines, limiter: Limiter) -> None:
     class Echo(ScriptedTransport):
         async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
             self.open += 1
@@ -334,7 +328,7 @@ async def test_a_hundred_streams_share_one_transport_and_get_each_their_own(thre
             with client.stream("GET", f"{URL}{n}") as response:
                 yield from response.iter_lines()
 
-        await stream_blocking(iterate, sinks[n], threads=threads)
+        await stream_in_thread(iterate, sinks[n], limiter=limiter)
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
@@ -352,12 +346,12 @@ async def test_a_hundred_streams_share_one_transport_and_get_each_their_own(thre
 
 
 async def test_a_body_that_does_not_end_with_its_iterator_is_closed(
-    monkeypatch: pytest.MonkeyPatch, threads: Threads
+    lines: Lines, monkeypatch: pytest.MonkeyPatch, limiter: Limiter
 ) -> None:
     monkeypatch.setattr(bridge, "END_OF_BODY_GRACE", 0)
     transport, sink = ScriptedTransport(b"item\n", trio.Event()), Sink()
     with trio.fail_after(10):
-        await stream_blocking(lambda: itertools.islice(lines(transport)(), 1), sink, threads=threads)
+        await stream_in_thread(lambda: first_of(lines(transport)()), sink, limiter=limiter)
     assert sink.items == ["item"]
     assert transport.open == 0
 
@@ -365,47 +359,67 @@ async def test_a_body_that_does_not_end_with_its_iterator_is_closed(
 # Cancelling
 
 
-async def test_cancel_before_the_response_has_come(threads: Threads) -> None:
+async def test_cancel_while_waiting_for_a_place_in_the_limiter() -> None:
+    places = trio.CapacityLimiter(1)
+    started: list[bool] = []
+
+    def iterate() -> Iterator[None]:
+        started.append(True)
+        yield from ()
+
+    async with places:
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(stream_in_thread, iterate, Sink(), limiter=places))
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+    assert places.borrowed_tokens == 0
+    assert not started
+
+
+async def test_cancel_before_the_response_has_come(lines: Lines, limiter: Limiter) -> None:
     transport = ScriptedTransport()
     transport.answer = trio.Event()
-    await stream_until(transport.requested, lines(transport), Sink(), threads)
+    await stream_until(transport.requested, lines(transport), Sink(), limiter)
     assert transport.open == 0
 
 
-async def test_cancel_before_the_first_bytes_of_the_body(threads: Threads) -> None:
+async def test_cancel_before_the_first_bytes_of_the_body(limiter: Limiter) -> None:
     transport, answered = ScriptedTransport(trio.Event()), trio.Event()
 
     def iterate() -> Iterator[bytes]:
         with httpx2.Client(transport=TrioTransport(transport)).stream("GET", URL) as response:
-            wait_for(tell, answered)
+            trio.from_thread.run_sync(answered.set)
             yield from response.iter_bytes()
 
-    await stream_until(answered, iterate, Sink(), threads)
+    await stream_until(answered, iterate, Sink(), limiter)
     assert transport.open == 0
 
 
-async def test_cancel_in_mid_stream(threads: Threads) -> None:
+async def test_cancel_in_mid_stream(lines: Lines, limiter: Limiter) -> None:
     transport, sink = ScriptedTransport(b"one\ntwo\n", trio.Event()), Sink()
-    await stream_until(sink.entered, lines(transport), sink, threads)
+    await stream_until(sink.entered, lines(transport), sink, limiter)
     assert sink.items in (["one"], ["one", "two"])
     assert transport.open == 0
 
 
-async def test_cancel_while_receive_is_blocked_receives_nothing_more(threads: Threads) -> None:
+async def test_cancel_while_receive_is_blocked_receives_nothing_more(lines: Lines, limiter: Limiter) -> None:
     transport, sink = ScriptedTransport(*[b"item\n"] * 10), Sink(gate=trio.Event())
-    await stream_until(sink.entered, lines(transport), sink, threads)
+    await stream_until(sink.entered, lines(transport), sink, limiter)
     assert sink.items == []
     assert transport.open == 0
 
 
-async def test_cancel_while_the_end_of_the_body_is_awaited(monkeypatch: pytest.MonkeyPatch, threads: Threads) -> None:
+async def test_cancel_while_the_end_of_the_body_is_awaited(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch, limiter: Limiter
+) -> None:
     monkeypatch.setattr(bridge, "END_OF_BODY_GRACE", math.inf)
     transport, sink = ScriptedTransport(b"item\n", trio.Event()), Sink()
-    await stream_until(sink.entered, lambda: itertools.islice(lines(transport)(), 1), sink, threads)
+    await stream_until(sink.entered, lambda: first_of(lines(transport)()), sink, limiter)
     assert transport.open == 0
 
 
-async def test_a_cancel_passes_through_except_exception_and_runs_finally(threads: Threads) -> None:
+async def test_a_cancel_passes_through_except_exception_and_runs_finally(lines: Lines, limiter: Limiter) -> None:
     transport, sink = ScriptedTransport(b"one\n", trio.Event()), Sink()
     log: list[str] = []
 
@@ -419,12 +433,12 @@ async def test_a_cancel_passes_through_except_exception_and_runs_finally(threads
         finally:
             log.append("finally")
 
-    await stream_until(sink.entered, iterate, sink, threads)
+    await stream_until(sink.entered, iterate, sink, limiter)
     assert log == ["finally"]
     assert sink.items == ["one"]
 
 
-async def test_an_iterator_that_still_has_items_is_closed_when_it_is_cancelled(threads: Threads) -> None:
+async def test_an_iterator_that_still_has_items_is_closed_when_it_is_cancelled(limiter: Limiter) -> None:
     sink, log = Sink(), []
 
     def iterate() -> Iterator[int]:
@@ -433,14 +447,14 @@ async def test_an_iterator_that_still_has_items_is_closed_when_it_is_cancelled(t
         finally:
             log.append("finally")
 
-    await stream_until(sink.entered, iterate, sink, threads)
+    await stream_until(sink.entered, iterate, sink, limiter)
     assert log == ["finally"]
 
 
 # Failures
 
 
-async def test_what_the_iterator_raises_comes_out_as_it_is_after_its_items(threads: Threads) -> None:
+async def test_what_the_iterator_raises_comes_out_as_it_is_after_its_items(limiter: Limiter) -> None:
     error, sink = ValueError("broken"), Sink()
 
     def iterate() -> Iterator[int]:
@@ -448,43 +462,43 @@ async def test_what_the_iterator_raises_comes_out_as_it_is_after_its_items(threa
         raise error
 
     with trio.fail_after(10), pytest.raises(ValueError, match="broken") as caught:
-        await stream_blocking(iterate, sink, threads=threads)
+        await stream_in_thread(iterate, sink, limiter=limiter)
     assert caught.value is error
     assert sink.items == list(range(300))
 
 
-async def test_what_receive_raises_comes_out_as_it_is_and_ends_the_stream(threads: Threads) -> None:
+async def test_what_receive_raises_comes_out_as_it_is_and_ends_the_stream(lines: Lines, limiter: Limiter) -> None:
     transport, error = ScriptedTransport(b"one\n", trio.Event()), KeyError("broken")
 
     async def receive(_: str) -> None:
         raise error
 
     with trio.fail_after(10), pytest.raises(KeyError) as caught:
-        await stream_blocking(lines(transport), receive, threads=threads)
+        await stream_in_thread(lines(transport), receive, limiter=limiter)
     assert caught.value is error
     assert transport.open == 0
 
 
-async def test_a_failure_to_connect_is_raised_in_the_iterator(threads: Threads) -> None:
+async def test_a_failure_to_connect_is_raised_in_the_iterator(lines: Lines, limiter: Limiter) -> None:
     transport = ScriptedTransport()
     transport.failure = httpx2.ConnectTimeout("too slow")
     with trio.fail_after(10), pytest.raises(httpx2.ConnectTimeout) as caught:
-        await stream_blocking(lines(transport), Sink(), threads=threads)
+        await stream_in_thread(lines(transport), Sink(), limiter=limiter)
     assert caught.value.request.url == URL
 
 
 @pytest.mark.parametrize("kind", [httpx2.ReadError, httpx2.ReadTimeout, httpx2.RemoteProtocolError])
 async def test_a_failure_in_mid_body_is_raised_in_the_iterator_as_what_it_was(
-    kind: type[Exception], threads: Threads
+    lines: Lines, kind: type[Exception], limiter: Limiter
 ) -> None:
     transport, sink = ScriptedTransport(b"one\n", kind("broken")), Sink()
     with trio.fail_after(10), pytest.raises(kind, match="broken"):
-        await stream_blocking(lines(transport), sink, threads=threads)
+        await stream_in_thread(lines(transport), sink, limiter=limiter)
     assert sink.items == ["one"]
     assert transport.open == 0
 
 
-async def test_the_body_of_an_error_response_can_be_read_and_is_decompressed(threads: Threads) -> None:
+async def test_the_body_of_an_error_response_can_be_read_and_is_decompressed(limiter: Limiter) -> None:
     body = gzip.compress(json.dumps({"error": {"message": "no"}}).encode())
     transport = ScriptedTransport(body[:9], body[9:], status=400, headers={"Content-Encoding": "gzip"})
     sink = Sink()
@@ -495,13 +509,13 @@ async def test_the_body_of_an_error_response_can_be_read_and_is_decompressed(thr
         yield response.json()
 
     with trio.fail_after(10):
-        await stream_blocking(iterate, sink, threads=threads)
+        await stream_in_thread(iterate, sink, limiter=limiter)
     assert sink.items == [400, {"error": {"message": "no"}}]
 
 
 def test_a_request_outside_of_a_stream_says_so() -> None:
     client = httpx2.Client(transport=TrioTransport(StreamTransport(30)))
-    with pytest.raises(RuntimeError, match="stream_blocking"):
+    with pytest.raises(RuntimeError, match="stream_in_thread"):
         client.get(URL)
 
 
@@ -587,56 +601,56 @@ Start = Callable[..., Awaitable[Upstream]]
 
 
 async def test_a_generation_streams_and_its_connection_is_used_again(
-    start: Start, transport: StreamTransport, threads: Threads
+    start: Start, transport: StreamTransport, limiter: Limiter
 ) -> None:
     upstream = await start(HEAD, token("a"), token("b"), DONE, END)
     with trio.fail_after(10):
         for _ in range(3):
             sink = Sink()
-            await stream_blocking(generation(upstream, transport), sink, threads=threads)
+            await stream_in_thread(generation(upstream, transport), sink, limiter=limiter)
             assert "".join(sink.items) == "ab"
     assert upstream.connections == 1
 
 
 @pytest.mark.parametrize("pieces", [[], [HEAD], [HEAD, token("a")]], ids=["headers", "first token", "next token"])
 async def test_a_cancel_closes_the_socket_of_a_silent_upstream(
-    start: Start, transport: StreamTransport, pieces: list[bytes], threads: Threads
+    start: Start, transport: StreamTransport, pieces: list[bytes], limiter: Limiter
 ) -> None:
     upstream = await start(*pieces)
     sink = Sink()
     reached = sink.entered if len(pieces) == 2 else upstream.answered
-    await stream_until(reached, generation(upstream, transport), sink, threads)
+    await stream_until(reached, generation(upstream, transport), sink, limiter)
     with trio.fail_after(10):
         await upstream.closed.wait()
 
 
 async def test_an_error_response_is_the_client_librarys_own_error(
-    start: Start, transport: StreamTransport, threads: Threads
+    start: Start, transport: StreamTransport, limiter: Limiter
 ) -> None:
     body = b'{"error": {"message": "no such model", "type": "invalid_request_error"}}'
     head = b"HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
     upstream = await start(head, body)
     for _ in range(2):
         with trio.fail_after(10), pytest.raises(openai.NotFoundError, match="no such model"):
-            await stream_blocking(generation(upstream, transport), Sink(), threads=threads)
+            await stream_in_thread(generation(upstream, transport), Sink(), limiter=limiter)
     assert upstream.connections == 1
 
 
 async def test_a_refused_connection_is_the_client_librarys_own_error(
-    transport: StreamTransport, threads: Threads
+    transport: StreamTransport, limiter: Limiter
 ) -> None:
     with trio.socket.socket() as unused:
         await unused.bind(("127.0.0.1", 0))  # taken, but nobody listens
         upstream = Upstream()
         upstream.port = unused.getsockname()[1]
         with trio.fail_after(10), pytest.raises(openai.APIConnectionError):
-            await stream_blocking(generation(upstream, transport), Sink(), threads=threads)
+            await stream_in_thread(generation(upstream, transport), Sink(), limiter=limiter)
 
 
 async def test_a_connection_that_breaks_off_in_mid_stream_is_the_client_librarys_own_error(
-    start: Start, transport: StreamTransport, threads: Threads
+    start: Start, transport: StreamTransport, limiter: Limiter
 ) -> None:
     upstream, sink = await start(HEAD, token("a"), b"not a chunk\r\n"), Sink()
     with trio.fail_after(10), pytest.raises(openai.APIConnectionError):
-        await stream_blocking(generation(upstream, transport), sink, threads=threads)
+        await stream_in_thread(generation(upstream, transport), sink, limiter=limiter)
     assert "".join(sink.items) == "a"

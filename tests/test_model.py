@@ -135,6 +135,22 @@ async def test_those_who_trace_see_the_run_from_the_thread_too() -> None:
     assert round_.text == "Hello"
 
 
+async def test_no_thread_is_held_while_text_streams_unless_somebody_traces() -> None:
+    held: list[int] = []
+    async with open_upstream(reply("a"), reply("b")) as upstream, open_model(upstream) as model:
+
+        async def receive(delta: Delta) -> None:
+            held.append(model._limiter.borrowed_tokens)
+
+        with trio.fail_after(30):
+            await model.stream(ModelRequest(HELLO), receive)
+            assert set(held) == {0}
+            held.clear()
+            with collect_runs():
+                await model.stream(ModelRequest(HELLO), receive)
+            assert set(held) == {1}
+
+
 async def test_calls_one_after_the_other_share_a_connection_until_the_model_is_closed() -> None:
     async with open_upstream(reply("a"), reply("b")) as upstream:
         async with open_model(upstream) as model:
@@ -224,9 +240,6 @@ async def test_a_timeout_while_connecting_says_so() -> None:
 
 async def test_a_defect_of_ours_is_not_taken_for_the_providers() -> None:
     class Broken:
-        def needs_thread(self) -> bool:
-            return False
-
         def deltas(self, request: ModelRequest) -> Any:
             raise LookupError("a defect")
 

@@ -68,12 +68,14 @@ class Endpoint(httpx2.BaseTransport):
 def source(endpoint: Endpoint, **settings: Any) -> OpenAISource:
     chosen = {"base_url": "http://upstream.test/v1", "api_key": Secret(KEY), "model_name": "m"} | settings
     made = Settings(**chosen)
-    return OpenAISource(openai_model._chat_openai(made, endpoint), httpx2.AsyncHTTPTransport())
+    return OpenAISource(
+        openai_model._chat_openai(made, openai_model._openai_client(made, endpoint)), httpx2.AsyncHTTPTransport()
+    )
 
 
 def deltas(endpoint: Endpoint, request: ModelRequest | None = None, **settings: Any) -> list[Delta]:
     request = request or ModelRequest(HELLO)
-    return list(mended(source(endpoint, **settings).deltas(request)))
+    return [delta for delta in mended(source(endpoint, **settings).deltas(request)) if delta]
 
 
 def body(request: ModelRequest | None = None, **settings: Any) -> dict[str, Any]:
@@ -173,9 +175,8 @@ def test_only_connecting_has_a_time_limit() -> None:
 
 
 def test_the_client_does_not_try_again() -> None:
-    with pytest.raises(openai.APIStatusError) as caught:
+    with pytest.raises(openai.InternalServerError):
         deltas(endpoint := Endpoint(b'{"error": {"message": "down"}}', status=500))
-    assert (caught.value.status_code, caught.value.body) == (500, {"error": {"message": "down"}})
     assert len(endpoint.requests) == 1
 
 
