@@ -95,12 +95,13 @@ class Script:
 
 
 @asynccontextmanager
-async def node(source: str, url: str, folder: Path, *options: str) -> AsyncIterator[Script]:
+async def node(source: str, url: str, folder: Path) -> AsyncIterator[Script]:
     """Runs the module, which has what is in `PRELUDE`; asserts that it ends by itself and well."""
     path = folder / "script.mjs"
     prelude = PRELUDE.format(client=json.dumps((WEB / "client.js").as_uri()), url=json.dumps(url))
     path.write_text(prelude + source)
-    command = [NODE or without("Node"), "--experimental-websocket", "--no-warnings", *options, str(path)]
+    assert NODE is not None
+    command = [NODE, "--experimental-websocket", "--no-warnings", str(path)]
     async with trio.open_nursery() as nursery:
         start = partial(trio.run_process, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         process: trio.Process = await nursery.start(start)

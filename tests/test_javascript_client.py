@@ -19,7 +19,12 @@ from tests.javascript import NODE, Script, node, node_modules, without
 from tests.proxy import Direction, Fate, How, open_proxy
 from tests.upstream import Request, Upstream, open_upstream
 
-pytestmark = [] if NODE else [pytest.mark.skip(reason="NOT TESTED: Node is not here")]
+
+@pytest.fixture(autouse=True)
+def needs_node() -> None:
+    if not NODE:
+        without("Node")
+
 
 LOOK = """
 const seen = [];
@@ -489,6 +494,88 @@ async def test_a_gap_is_announced_and_the_result_is_whole(tmp_path: Path) -> Non
         assert gaps == [True]
         assert heard < 8000
         assert await it.hear() == 8000
+
+
+LOSING = """
+// A WebSocket that loses frames of these methods while it is told to, so that the server must have forgotten them.
+class Losing extends WebSocket {
+  static lost = [];
+  addEventListener(type, listener) {
+    super.addEventListener(type, type !== "message" ? listener : (event) => {
+      const { method } = JSON.parse(event.data);
+      if (Losing.lost.includes(method ?? "answer")) say("lost"); else listener(event);
+    });
+  }
+}
+"""
+
+
+async def test_a_call_that_fell_into_a_gap_is_answered_as_lost(tmp_path: Path) -> None:
+    source = (
+        LOSING
+        + LOOK
+        + """
+    const session = await createSession(url, { WebSocket: Losing, tools: [look], ...fast });
+    const other = session.generate("other", { history: [] });
+    while (other.taskId === null) await new Promise((resolve) => setTimeout(resolve));
+    Losing.lost = ["function_call_request", "text_chunk"];
+    const generation = session.generate("hi", { history: [] });
+    await hear();
+    Losing.lost = [];
+    session.reconnect();
+    say([(await generation.result).text, seen]);
+    session.close();
+    """
+    )
+    big = [answers.pause("call"), *(answers.text("x" * 1500), answers.pause("big")), answers.text("y" * 1500)]
+
+    def answer(request: Request) -> answers.Answer:
+        if request.messages[0]["content"] == "other":
+            return (*big, answers.hang())
+        return HELLO if request.messages[-1]["role"] == "tool" else CALL
+
+    async with running(source, tmp_path, answer, outbox_bytes=2048) as it:
+        assert await it.hear() == "lost", "the call"
+        for gate in ("call", "big"):
+            it.upstream.gate(gate).set()
+            assert await it.hear() == "lost", "text that pushes the call out"
+        await it.say("reconnect")
+        assert await it.hear() == ["Hello", []]
+        last = next(request for request in it.upstream.requests if request.messages[-1]["role"] == "tool")
+        assert "did not get this call" in last.messages[-1]["content"]
+
+
+async def test_what_a_gap_leaves_uncertain_fails_and_is_not_run_twice(tmp_path: Path) -> None:
+    """A generation whose answer and whose end both fell into it."""
+    source = (
+        LOSING
+        + """
+    const session = await createSession(url, { WebSocket: Losing, ...fast });
+    const other = session.generate("other", { history: [] });
+    while (other.taskId === null) await new Promise((resolve) => setTimeout(resolve));
+    Losing.lost = ["answer", "text_chunk", "end"];
+    const generation = session.generate("hi", { history: [] });
+    await hear();
+    Losing.lost = [];
+    session.reconnect();
+    say(await failing(generation.result));
+    session.close();
+    """
+    )
+    big = [answers.pause("big 1"), answers.text("x" * 1500), answers.pause("big 2"), answers.text("y" * 1500)]
+
+    def answer(request: Request) -> answers.Answer:
+        return (*big, answers.hang()) if request.messages[0]["content"] == "other" else answers.reply()
+
+    async with running(source, tmp_path, answer, outbox_bytes=2048) as it:
+        assert [await it.hear(), await it.hear()] == ["lost", "lost"], "the answer and the end"
+        for gate in ("big 1", "big 2"):
+            it.upstream.gate(gate).set()
+            assert await it.hear() == "lost"
+        await it.say("reconnect")
+        error = await it.hear()
+        assert (error["code"], error["retryable"]) == ("connection_lost", True)
+        assert len(it.upstream.requests) == 2
 
 
 async def test_a_session_that_was_taken_over_does_not_fight_for_it(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_the_client_of_the_readme_prints_a_generation(tmp_path: Path) -> None:
 
 
 async def test_the_function_of_the_readme_is_called_in_javascript(tmp_path: Path) -> None:
+    node = NODE or without("Node")
     call = answers.calls(answers.tool_call(0, "c1", "get_weather", {"city": "Paris"}))
     async with (
         open_upstream(call, answers.reply("Take one.")) as upstream,
@@ -84,7 +85,7 @@ async def test_the_function_of_the_readme_is_called_in_javascript(tmp_path: Path
         shutil.copy(WEB / "client.js", tmp_path)
         script = trio.Path(tmp_path / "app.mjs")
         await script.write_text(example("javascript", server.url.removeprefix("http://")))
-        command = [NODE or without("Node"), "--experimental-websocket", "--no-warnings", str(script)]
+        command = [node, "--experimental-websocket", "--no-warnings", str(script)]
         with trio.fail_after(PATIENCE):
             ended = await trio.run_process(command, capture_stdout=True)
         assert ended.stdout == b"Take one."
