@@ -23,10 +23,14 @@ import pytest
 import trio
 import trio_websocket
 import trustme
+import yaml
 
+from inference_trio.settings import Settings
+from inference_trio.variables import Secret
 from tests import answers
 from tests.harness import KEY, PATIENCE, Client, Server, open_server, settings
 from tests.javascript import STRICT
+from tests.redis_server import running_redis
 from tests.test_main import SERVE, environment, free_port, wait_until_ready
 from tests.test_metrics import scrape
 from tests.upstream import Upstream, open_upstream
@@ -36,6 +40,9 @@ NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None and STRICT not in os.environ, reason="nginx is not installed")
 
 STREAMING = [answers.text("Hel"), answers.pause("go on"), answers.text("lo"), answers.finish(), answers.done()]
+
+BALANCED = {"hash $remote_addr consistent;": "least_conn;"}
+"""What nginx.conf says to do where sessions are in Redis."""
 
 MAIN = """
 daemon off;
@@ -92,8 +99,8 @@ class Front:
 
 
 @asynccontextmanager
-async def fronted(folder: Path, urls: Sequence[str]) -> AsyncIterator[Front]:
-    """nginx with the project's file, where only addresses and paths are other ones."""
+async def fronted(folder: Path, urls: Sequence[str], nginx: dict[str, str] | None = None) -> AsyncIterator[Front]:
+    """nginx with the project's file, where only addresses and paths are other ones, and what ``nginx`` replaces."""
     authority, port = trustme.CA(), free_port()
     certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_pem.write_to_path(folder / "key.pem")
@@ -108,7 +115,7 @@ async def fronted(folder: Path, urls: Sequence[str]) -> AsyncIterator[Front]:
         "127.0.0.1:8001": urls[0].removeprefix("http://"),
         "127.0.0.1:8002": urls[1].removeprefix("http://"),
     }
-    for ours, theirs in changes.items():
+    for ours, theirs in (changes | (nginx or {})).items():
         assert ours in site
         site = site.replace(ours, theirs)
     (folder / "site.conf").write_text(site)
@@ -153,13 +160,15 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployed(folder: Path, *script: Any, **changes: Any) -> AsyncIterator[Deployment]:
+async def deployed(
+    folder: Path, *script: Any, nginx: dict[str, str] | None = None, **changes: Any
+) -> AsyncIterator[Deployment]:
     """nginx before two servers, which are in this process."""
     async with (
         open_upstream(*script) as upstream,
         open_server(settings(upstream.base_url, **changes)) as one,
         open_server(settings(upstream.base_url, **changes)) as two,
-        fronted(folder, [one.url, two.url]) as front,
+        fronted(folder, [one.url, two.url], nginx) as front,
     ):
         yield Deployment(front, [one, two], upstream)
 
@@ -204,6 +213,21 @@ async def test_each_client_reaches_the_server_that_has_its_session(tmp_path: Pat
         made = [(await scrape(server))["inference_sessions",] for server in it.servers]
         assert sum(made) == len(clients)
         assert min(made) > 0, "both are used"
+
+
+@needs_nginx
+async def test_with_redis_each_server_knows_every_session_and_none_is_sticky(tmp_path: Path) -> None:
+    """One after the other: with `least_conn` and nobody else connected, nginx takes them in turn."""
+    with running_redis() as redis:
+        async with deployed(tmp_path, lambda _: answers.reply("x"), nginx=BALANCED, store=Secret(redis.url)) as it:
+            session_id = await it.front.create_session()
+            for _ in range(4):
+                async with it.front.connect(session_id) as client:
+                    assert (await client.ask_model())["status_message"] == "completed"
+            ended = [await scrape(server) for server in it.servers]
+        done = [counted.get(("inference_tasks_ended_total", "done", "deepseek-chat"), 0) for counted in ended]
+        assert sum(done) == 4
+        assert min(done) > 0, "both have run some"
 
 
 @needs_nginx
@@ -282,3 +306,26 @@ def test_what_the_image_copies_is_there() -> None:
     paths = [path for line in copied for path in line.split()]
     assert paths
     assert all((DEPLOY.parent / path).exists() for path in paths)
+
+
+def test_the_composed_nginx_has_the_servers_by_name(tmp_path: Path) -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    shell, option, script = services["nginx"]["command"]
+    script, _ = script.split(" && exec ")
+    changes = {
+        "/etc/inference-trio/nginx.conf": DEPLOY / "nginx.conf",
+        "/etc/nginx/conf.d/default.conf": tmp_path / "x",
+    }
+    for theirs, ours in changes.items():
+        script = script.replace(theirs, str(ours))
+    subprocess.run([shell, option, script], check=True, timeout=60)
+    site = (tmp_path / "x").read_text()
+    assert re.findall(r"^ +server (\S+);", site, re.MULTILINE) == ["one:8000", "two:8000"]
+    assert re.findall(r"^ +(least_conn|hash .*);", site, re.MULTILINE) == ["least_conn"]
+    assert {"one", "two"} < services.keys()
+
+
+def test_composed_servers_have_settings_that_there_are() -> None:
+    names = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["x-server"]["environment"]
+    known = {variable.name for variable in Settings.variables().values()}
+    assert names.keys() <= known
