@@ -45,7 +45,7 @@ from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 
-from .hypercorn_streams import BoundedHTTPStream, BoundedWSStream, OnlyHTTP1
+from .hypercorn_streams import Arriving, BoundedHTTPStream, BoundedWSStream, OnlyHTTP1
 
 LINGER = 5.0
 """Seconds for which a connection that we close is still read, and an application is told that it ended."""
@@ -70,6 +70,8 @@ class ServerLimits:
     ``max_message_bytes``: a WebSocket message, in UTF-8 where it is text, or the body of a request. A larger
     message is answered with close code 1009; of a larger body the application sees just enough to refuse it.
     ``max_connections``: open ones; a further one is answered with 503 at once.
+    ``max_arriving_bytes``: of messages and bodies that have not ended yet, on all connections together. Beyond it
+    those that are not small are refused, with close code 1013 or status 503.
     ``write_timeout``: how long one write may take before the peer is dropped.
     ``ping_interval``, ``pong_timeout``: how often a WebSocket is pinged, and how long any peer may send nothing at
     all before it is dropped. The second must be larger than the first, and than any response takes.
@@ -78,6 +80,7 @@ class ServerLimits:
 
     max_message_bytes: int
     max_connections: int = 10_000
+    max_arriving_bytes: int = 2**28
     write_timeout: float = 30.0
     ping_interval: float = 20.0
     pong_timeout: float = 60.0
@@ -114,13 +117,13 @@ class Hooks:
 def install(limits: ServerLimits, hooks: Hooks | None = None) -> None:
     """Make Hypercorn's Trio worker use these fixes in this process. The last call's arguments count."""
     hooks = hooks or Hooks()
-    places = trio.CapacityLimiter(limits.max_connections)
+    places, arriving = trio.CapacityLimiter(limits.max_connections), Arriving(limits.max_arriving_bytes)
     hypercorn.trio.worker_serve = partial(_serve, hooks)  # type: ignore[attr-defined]
     hypercorn.trio.run.worker_serve = partial(_serve_command, hooks)
     hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits, places)  # type: ignore[assignment, attr-defined]
     hypercorn.protocol.H11Protocol = OnlyHTTP1  # type: ignore[attr-defined]
-    hypercorn.protocol.h11.WSStream = BoundedWSStream  # type: ignore[assignment, attr-defined]
-    hypercorn.protocol.h11.HTTPStream = BoundedHTTPStream  # type: ignore[attr-defined]
+    hypercorn.protocol.h11.WSStream = partial(BoundedWSStream, arriving)  # type: ignore[assignment, attr-defined]
+    hypercorn.protocol.h11.HTTPStream = partial(BoundedHTTPStream, arriving)  # type: ignore[assignment, attr-defined]
 
 
 async def _serve_command(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import attrs
 import h11
 import trio
 from hypercorn.config import Config
@@ -15,7 +16,7 @@ from hypercorn.events import Closed, RawData
 from hypercorn.protocol.events import Body, EndBody, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
 from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, WebsocketAcceptEvent
 from quart_trio.wrappers import TrioWebsocket
@@ -27,6 +28,25 @@ QUEUED_MESSAGES = 4
 
 HTTP_1_1_REQUIRED = bytes.fromhex("000000040000000000000008070000000000000000000000000d")
 """What a server may answer to HTTP/2: its settings, none, and GOAWAY with this code (RFC 9113, sections 6.8 and 7)."""
+
+
+SMALL = 16 * 1024
+"""Bytes of a message or body that may always arrive."""
+
+TRY_AGAIN_LATER = 1013
+"""WebSocket close code for an overload (IANA's registry of close codes)."""
+
+
+@attrs.define
+class Arriving:
+    """Bytes of messages and bodies that have not ended yet, of all connections together."""
+
+    limit: int
+    used: int = 0
+
+    def is_too_much(self, size: int) -> bool:
+        """Whether one that holds so much has to go, so that small ones find room whatever large ones do."""
+        return self.used > self.limit and size > SMALL
 
 
 class OnlyHTTP1(H11Protocol):
@@ -55,16 +75,29 @@ class BoundedHTTPStream(HTTPStream):
     passes the limit is delivered and called the end: Quart then answers 413 by its own rule.
     """
 
-    _body_size = 0
+    def __init__(self, arriving: Arriving, *args: Any) -> None:
+        super().__init__(*args)
+        self._arriving = arriving
+        self._body_size = 0
 
     async def handle(self, event: StreamEvent) -> None:
         if self._passed and isinstance(event, (Body, EndBody)):
             return
-        await super().handle(event)
         if isinstance(event, Body):
-            self._body_size += len(event.data)
-            if self._passed:
-                await super().handle(EndBody(stream_id=event.stream_id))
+            self._count(len(event.data))
+            if self._arriving.is_too_much(self._body_size) and self.state is ASGIHTTPState.REQUEST:
+                await self._send_error_response(503)
+                await self.send(StreamClosed(stream_id=event.stream_id))
+                return
+        elif isinstance(event, StreamClosed):
+            self._count(-self._body_size)
+        await super().handle(event)
+        if isinstance(event, Body) and self._passed:
+            await super().handle(EndBody(stream_id=event.stream_id))
+
+    def _count(self, size: int) -> None:
+        self._body_size += size
+        self._arriving.used += size
 
     @property
     def _passed(self) -> bool:
@@ -85,10 +118,17 @@ class BoundedWSStream(WSStream):
 
     app_put: Callable[..., Awaitable[None]]
 
-    def __init__(self, app: Any, config: Config, *args: Any) -> None:
+    def __init__(self, arriving: Arriving, app: Any, config: Config, *args: Any) -> None:
         super().__init__(app, config, *args)
+        self._arriving = arriving
+        self._counted = 0
         self.app_put = _discard
         self.buffer = BytesCountingBuffer(config.websocket_max_message_size)
+
+    async def handle(self, event: StreamEvent) -> None:
+        if isinstance(event, StreamClosed):
+            self._forget_message()
+        await super().handle(event)
 
     async def _accept(self, message: WebsocketAcceptEvent) -> None:
         # Hypercorn accepts permessage-deflate whenever it is offered, and inflates without a limit.
@@ -122,14 +162,25 @@ class BoundedWSStream(WSStream):
             # Hypercorn sends the close frame too, but then keeps the socket and the buffer.
             await self._end(CloseConnection(code=CloseReason.MESSAGE_TOO_BIG))
             return
-        if event.message_finished:
+        self._count_message()
+        if self._arriving.is_too_much(self.buffer.length):
+            await self._end(CloseConnection(code=TRY_AGAIN_LATER))
+        elif event.message_finished:
             await self.app_put(self.buffer.to_message())
-            self.buffer.clear()
+            self._forget_message()
 
     async def _end(self, close: CloseConnection) -> None:
-        self.buffer.clear()
+        self._forget_message()
         await self._send_wsproto_event(close)
         await self.send(StreamClosed(stream_id=self.stream_id))
+
+    def _forget_message(self) -> None:
+        self.buffer.clear()
+        self._count_message()
+
+    def _count_message(self) -> None:
+        self._arriving.used += self.buffer.length - self._counted
+        self._counted = self.buffer.length
 
 
 async def _discard(event: ASGIReceiveEvent) -> None:

@@ -80,7 +80,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     check_store(settings)
     opening = nullcontext(model) if model else open_model(settings)
     service = Service(settings, opening, Access.of(settings), open_tracing(settings, os.environ))
-    limits = ServerLimits(settings.max_message_bytes, settings.max_connections)
+    limits = ServerLimits(settings.max_message_bytes, settings.max_connections, settings.memory_bytes // 4)
     install(limits, Hooks(service.before_start, service.drain, partial(watch_signals, settings.drain_seconds)))
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket

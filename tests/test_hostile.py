@@ -430,6 +430,18 @@ async def test_sessions_without_an_end_are_refused_in_number_and_in_size(tmp_pat
             assert set(statuses) == {200, 503}
 
 
+async def test_what_never_ends_is_bounded_over_all_connections(tmp_path: Path, record: Any) -> None:
+    body = POST % b"Content-Length: 4000000" + bytes(3_000_000)
+    message = masked(0x02, 3_000_000) + bytes(3_000_000)
+    with serving(tmp_path, {}, INFERENCE_MEMORY_BYTES=str(64 * MEGABYTE)) as target:
+        async with attack(target, record, megabytes=64) as attacker, AsyncExitStack() as held:
+            for _ in range(30):
+                body_client = await trio.open_tcp_stream("127.0.0.1", attacker.port)
+                await pour(await held.enter_async_context(body_client), [body])
+                message_client = await held.enter_async_context(attacker.socket())
+                await pour(message_client.stream, [message])
+
+
 async def test_connections_beyond_the_limit_are_refused(tmp_path: Path, record: Any) -> None:
     with serving(tmp_path, {}, INFERENCE_MAX_CONNECTIONS="50") as target:
         async with attack(target, record) as attacker:

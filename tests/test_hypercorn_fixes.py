@@ -35,7 +35,7 @@ from quart.signals import websocket_received
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioWebsocket
 from trio.testing import MockClock, wait_all_tasks_blocked
-from wsproto.events import BytesMessage, CloseConnection, Message, Ping, TextMessage
+from wsproto.events import BytesMessage, CloseConnection, Message, Ping, Pong, TextMessage
 
 from inference_trio import hypercorn_fixes
 from inference_trio.hypercorn_fixes import ServerLimits, install
@@ -539,6 +539,93 @@ async def test_a_client_that_sends_its_large_body_to_the_end_still_sees_413() ->
     async with serving(ToyApp()) as port, await trio.open_tcp_stream("127.0.0.1", port) as stream:
         await stream.send_all(LARGE_BODY)
         assert (await everything(stream)).startswith(b"HTTP/1.1 413")
+
+
+# All connections together
+
+LARGE = attrs.evolve(LIMITS, max_message_bytes=100_000, max_arriving_bytes=100_000, max_connections=3)
+BEGINNING = TextMessage(data="x" * 60_000, message_finished=False)
+
+
+async def test_messages_that_do_not_end_are_bounded_over_all_connections() -> None:
+    install(LARGE)
+    async with serving(ToyApp()) as port:
+        async with connected(port) as one:
+            await one.send(BEGINNING)
+            async with connected(port) as other:
+                await wait_all_tasks_blocked()
+                await other.send(BEGINNING)
+                assert await other.close_code() == 1013
+                await other.end_of_file()
+            async with connected(port) as small:
+                await small.send(TextMessage(data="small"))
+                assert await small.message() == "'small'"
+            await one.send(TextMessage(data="x"))
+            assert (await one.message()).startswith("'x")
+        async with connected(port) as again:
+            await again.send(TextMessage(data="x" * 90_000))
+            assert (await again.message()).startswith("'x")
+
+
+async def test_bodies_that_do_not_end_are_bounded_over_all_connections() -> None:
+    install(LARGE)
+    beginning = POST % b"Content-Length: 70000\r\n" + b"x" * 60_000
+    app = ToyApp()
+    app.config["MAX_CONTENT_LENGTH"] = LARGE.max_message_bytes
+    async with serving(app) as port, await trio.open_tcp_stream("127.0.0.1", port) as one:
+        await one.send_all(beginning)
+        await wait_all_tasks_blocked()
+        async with await trio.open_tcp_stream("127.0.0.1", port) as other:
+            await other.send_all(beginning)
+            assert (await everything(other)).startswith(b"HTTP/1.1 503")
+        await one.send_all(b"x" * 10_000)
+        assert (await one.receive_some()).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_connection_beyond_the_limit_is_told_and_closed() -> None:
+    install(LARGE)
+    async with serving(ToyApp()) as port, connected(port), connected(port), connected(port) as client:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as one_more:
+            assert (await everything(one_more)).startswith(b"HTTP/1.1 503")
+        await client.send(TextMessage(data="still here"))
+        assert await client.message() == "'still here'"
+        await client.send(CloseConnection(code=1000))
+        assert await client.close_code() == 1000
+        await client.end_of_file()
+        await wait_all_tasks_blocked()
+        async with connected(port):
+            pass
+
+
+FRAGMENT = b"\x00\x80\0\0\0\0"
+FLOOD = b"\x02" + FRAGMENT[1:] + FRAGMENT * 10_000 + b"\x89" + FRAGMENT[1:]
+
+
+async def test_a_flood_of_frames_is_handled_in_turns_with_all_else() -> None:
+    install(LIMITS)
+    assert await turns_of_others() > 9_000
+
+
+async def test_without_it_a_flood_comes_first() -> None:
+    assert await turns_of_others() < 1_000
+
+
+async def turns_of_others() -> int:
+    """How often another task has had its turn until the last frame of a flood, a ping, is answered."""
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with serving(ToyApp()) as port, connected(port) as client, trio.open_nursery() as nursery:
+        await client.stream.send_all(FLOOD)
+        nursery.start_soon(count)
+        await client.next(Pong)
+        nursery.cancel_scope.cancel()
+    return turns
 
 
 # Installing
