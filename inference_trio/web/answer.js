@@ -226,7 +226,10 @@ class Call {
     this.#set(this.#byHand ? "asked" : "running", this.#byHand ? "waits for you" : "running");
   }
 
+  /** Goes to the form, unless something is being written elsewhere. */
   focus() {
+    const { activeElement } = document;
+    if (activeElement instanceof HTMLTextAreaElement && activeElement.value) return;
     this.#byHand?.querySelector("textarea")?.focus();
   }
 

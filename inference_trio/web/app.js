@@ -21,7 +21,7 @@ const STATUS = {
   open: "Connected",
   draining: "The server is stopping",
   waiting: "Reconnecting",
-  idle: "Not connected",
+  idle: "Connects when you ask",
   closed: "Closed",
 };
 
