@@ -1,66 +1,81 @@
-"""The command line: ``inference-trio serve``, or ``python -m inference_trio serve``."""
+"""The command line: ``inference-trio``, or ``python -m inference_trio``.
+
+What a command needs is imported when it runs.
+"""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import re
 import sys
 from collections.abc import Sequence
-from functools import partial
-
-import hypercorn.trio
-import trio
-from hypercorn.config import Config
-from quart_trio import QuartTrio
 
 from . import __version__
-from .errors import ConfigurationError
-from .logs import configure_logging
-from .process import watch_signals
-from .settings import Settings
 
-USAGE_ERROR = 2
-"""Exit status for wrong arguments, as argparse has it, and for wrong settings."""
+CHAT_ENDS = """\
+Ctrl-C cancels an answer, Ctrl-D ends the chat. The token, where the server asks for one, is taken from the
+environment variable CHAT_TOKEN. What is piped in is asked as one message.
+
+exit status:
+  0    answered, or the chat was ended
+  1    no answer: the generation failed
+  2    wrong arguments, or there is no embedded model to start
+  3    the server cannot be reached, or refuses the token
+  130  cancelled
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        settings = Settings.load()
-        stop_logging = configure_logging(settings)
-        from .server import create_app  # after the settings: importing LangChain takes two seconds
+    if options.command == "chat":
+        from .terminal import run as chat
 
-        app = create_app(settings)
-    except ConfigurationError as error:
-        print(f"inference-trio: {error}", file=sys.stderr)  # noqa: T201
-        return USAGE_ERROR
-    status = 0
-    try:
-        trio.run(serve, app, options.host, options.port, settings.drain_seconds)
-    except* OSError as group:
-        reason = group.exceptions[0]
-        while isinstance(reason, ExceptionGroup):
-            reason = reason.exceptions[0]
-        print(f"inference-trio: cannot serve on {options.host}:{options.port}: {reason}", file=sys.stderr)  # noqa: T201
-        status = 1
-    finally:
-        stop_logging()
-    return status
+        return chat(options)
+    from .serving import run
+
+    return run(options.host, options.port)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="inference-trio", description="An LLM inference session server.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serving = commands.add_parser(
-        "serve",
-        help="start the server",
-        description="Start the server. It is configured by environment variables, also read from .env.",
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    _add_serve(commands.add_parser("serve", help="start the server", description=_SERVE))
+    formatter = argparse.RawDescriptionHelpFormatter
+    _add_chat(
+        commands.add_parser(
+            "chat", help="talk to a model", description=_CHAT, epilog=CHAT_ENDS, formatter_class=formatter
+        )
     )
-    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serving.add_argument("--port", default=8000, type=_port, help="port; 0 takes a free one (default: %(default)s)")
     return parser
+
+
+_SERVE = "Start the server. It is configured by environment variables, also read from .env."
+_CHAT = "Talk to a model, by way of a server; without a URL, of one on the embedded model that is started for it."
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", default=8000, type=_port, help="port; 0 takes a free one (default: %(default)s)")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "url", nargs="?", type=_url, metavar="URL", help="address of the server, like http://127.0.0.1:8000"
+    )
+    parser.add_argument(
+        "--tool",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="a function that the model may call, here; may be given several times",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
+    parser.add_argument("--model", help="another model than the server's own")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="the most tokens of an answer")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 to 2")
+    parser.add_argument("--json", action="store_true", help="write what happens as JSON, one object a line")
 
 
 def _port(text: str) -> int:
@@ -70,18 +85,10 @@ def _port(text: str) -> int:
     return port
 
 
-async def serve(app: QuartTrio, host: str, port: int, drain_seconds: float) -> None:
-    """Serves until SIGINT or SIGTERM, and then lets what runs come to its end; a second one ends the process at once.
-
-    Raises OSError, in a group, where the address cannot be had.
-    """
-    config = Config()
-    config.bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
-    logging.getLogger("hypercorn.error").setLevel(logging.WARNING)  # what it says at the start is said below
-    told = watch_signals(drain_seconds)
-    async with trio.open_nursery() as nursery:
-        addresses = await nursery.start(partial(hypercorn.trio.serve, app, config, shutdown_trigger=told))
-        print(f"inference_trio serves at {addresses[0]}, until Ctrl-C", flush=True)  # noqa: T201
+def _url(text: str) -> str:
+    if not re.match(r"(http|ws)s?://[^/]", text):
+        raise argparse.ArgumentTypeError(f"expected something like http://127.0.0.1:8000, got {text!r}")
+    return text
 
 
 if __name__ == "__main__":

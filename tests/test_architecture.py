@@ -87,6 +87,10 @@ ORDER = (
     "playground",
     "server",
     "app",
+    "serving",
+    "own_server",
+    "display",
+    "terminal",
     "__main__",
 )
 """A module imports only from those above it."""
@@ -156,7 +160,7 @@ def test_a_module_imports_only_from_those_above_it(module: str) -> None:
 def test_the_imports_are_seen_in_every_form() -> None:
     """Else the test above could not fail."""
     assert set(imports_of("openrpc")) == {"__init__", "errors", "chat", "protocol"}
-    assert "server" in set(imports_of("__main__")), "an import within a function"
+    assert "serving" in set(imports_of("__main__")), "an import within a function"
     assert {"protocol", "client.task"} <= set(imports_of("client.conversation"))
     assert "client.errors" in set(imports_of("client"))
 
@@ -183,8 +187,13 @@ def test_a_foreign_import_would_be_seen() -> None:
     assert foreign_to("bridge") == ["trio"]
 
 
-def test_the_client_is_light() -> None:
-    assert foreign_to("client") == ["trio"]
+@pytest.mark.parametrize("module", ["client", "terminal"])
+def test_the_client_and_the_chat_are_light(module: str) -> None:
+    assert foreign_to(module) == ["trio"]
+
+
+def test_what_a_command_needs_is_imported_when_it_runs() -> None:
+    assert foreign_to("__main__") == []
 
 
 @pytest.mark.parametrize("module", ORDER)
