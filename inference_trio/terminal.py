@@ -11,13 +11,15 @@ import importlib
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import attrs
+import trio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from .client import Generation, InferenceError, Parameters, Result, Session, Tool, connect, tool
+from .client import InferenceError, Parameters, Result, Session, Tool, connect, tool
 from .display import Display, JsonLines, OnTerminal, Plain
 from .errors import ConfigurationError
 from .own_server import own_server
@@ -104,7 +106,6 @@ class Chat:
     display: Display
     system: str | None
     parameters: Parameters
-    _task: Generation | None = None
 
     def converse(self) -> int:
         """Asks for lines until there are no more."""
@@ -130,30 +131,34 @@ class Chat:
         return input()
 
     def ask(self, message: str) -> int:
-        """Returns the exit status for this answer. Raises KeyboardInterrupt at the second Ctrl-C."""
-        answer = self.portal.start_task_soon(self._generate, message)
-        is_cancelled = False
-        while True:
+        """Returns the exit status for this answer. The first Ctrl-C cancels it, the second raises KeyboardInterrupt."""
+        with self._cancelled_by_control_c() as scope:
             try:
-                result = answer.result()
-            except KeyboardInterrupt:
-                if is_cancelled:
-                    raise
-                is_cancelled = True
-                self.portal.start_task_soon(self._cancel)
+                result = self.portal.call(self._generate, message, scope)
             except InferenceError as error:
                 self.display.error(error)
                 return FAILED
-            else:
-                return INTERRUPTED if result.status == "cancelled" else 0
+        return INTERRUPTED if result.status == "cancelled" else 0
 
-    async def _generate(self, message: str) -> Result:
-        async with self.session.generate(message, system=self.system, **self.parameters) as self._task:
-            async for event in self._task:
-                self.display.show(event)
-        self.display.end(self._task.result)
-        return self._task.result
+    @contextmanager
+    def _cancelled_by_control_c(self) -> Iterator[trio.CancelScope]:
+        scope = trio.CancelScope()
+        token = self.portal.call(trio.lowlevel.current_trio_token)
 
-    async def _cancel(self) -> None:
-        if self._task:
-            await self._task.cancel()
+        def cancel(*_: object) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            token.run_sync_soon(scope.cancel)
+
+        before = signal.signal(signal.SIGINT, cancel)
+        try:
+            yield scope
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    async def _generate(self, message: str, scope: trio.CancelScope) -> Result:
+        async with self.session.generate(message, system=self.system, **self.parameters) as task:
+            with scope:
+                async for event in task:
+                    self.display.show(event)
+        self.display.end(task.result)
+        return task.result

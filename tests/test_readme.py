@@ -59,7 +59,7 @@ def test_every_module_has_its_line() -> None:
 def example(language: str, host: str) -> str:
     found = re.search(rf"<!-- run by tests/test_readme.py -->\n```{language}\n(.*?)```", README, re.DOTALL)
     assert found is not None
-    assert len(found[1].splitlines()) <= 18
+    assert len([line for line in found[1].splitlines() if line]) <= 16
     return found[1].replace("127.0.0.1:8000", host)
 
 
@@ -73,6 +73,20 @@ def test_the_client_of_the_readme_prints_a_generation(tmp_path: Path) -> None:
         text, usage = ended.stdout.rsplit("\n", 2)[:2]
         assert len(text) > 10
         assert "output_tokens" in usage
+
+
+async def test_the_function_of_the_readme_is_called_in_python() -> None:
+    call = answers.calls(answers.tool_call(0, "c1", "get_weather", {"city": "Paris"}))
+    async with (
+        open_upstream(call, answers.reply("Take one.")) as upstream,
+        open_server(settings(upstream.base_url)) as server,
+    ):
+        program = example("python", server.url.removeprefix("http://"))
+        with trio.fail_after(PATIENCE):
+            ended = await trio.run_process([sys.executable, "-W", "error", "-c", program], capture_stdout=True)
+        assert ended.stdout.startswith(b"Take one.\n Usage(input_tokens=14,")
+        assert json.loads(upstream.requests[1].messages[-1]["content"])["sky"] == "rain"
+        assert upstream.requests[0].tools[0]["function"]["description"] == "The weather in a city."
 
 
 async def test_the_function_of_the_readme_is_called_in_javascript(tmp_path: Path) -> None:

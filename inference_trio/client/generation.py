@@ -71,8 +71,10 @@ class Generation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with trio.move_on_after(CANCEL_LIMIT):
+        with trio.move_on_after(CANCEL_LIMIT) as patience:
             await self.cancel()
+        if patience.cancelled_caught:  # without a connection; the server is told when there is one
+            self._task.finish(Result(self._task.text, "cancelled", self._task.id))
 
     def __aiter__(self) -> Self:
         return self
