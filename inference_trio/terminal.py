@@ -26,14 +26,20 @@ from .own_server import own_server
 
 TOKEN_VARIABLE = "CHAT_TOKEN"  # noqa: S105
 PROMPT = "> "
+LONGEST_DEAFNESS = 0.2
+"""Seconds after which a signal is noticed at the latest."""
+
 FAILED, WRONG, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 """Exit statuses; `--help` says what they mean."""
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with _signals_watched():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     display = _display(options.json)
     try:
         tools = [load_tool(path) for path in options.tool]
@@ -56,6 +62,22 @@ def run(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+@contextmanager
+def _signals_watched() -> Iterator[None]:
+    """Ends properly at SIGTERM and SIGHUP, and sees that no signal waits for the next key that is pressed.
+
+    A signal that comes just before the main thread goes to sleep does not wake it; the next one of the timer does.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_DEAFNESS, LONGEST_DEAFNESS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _piped() -> str:
