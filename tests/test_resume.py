@@ -12,7 +12,7 @@ import pytest
 from tests import answers
 from tests.harness import open_server, settings
 from tests.proxy import Direction, Fate, How, Proxy, open_proxy
-from tests.transcripts import Transcript, check_that_no_number_had_two_meanings
+from tests.transcripts import Transcript, check_that_no_number_had_two_meanings, content
 from tests.upstream import Upstream, open_upstream
 
 TOOLS = [{"name": "weather", "parameters": {"type": "object"}}, {"name": "time", "parameters": {"type": "object"}}]
@@ -83,11 +83,6 @@ async def scene(*fates: Fate, **changes: Any) -> AsyncIterator[Scene]:
         built = Scene(upstream, proxy, transcript)
         transcript.on_note = built.open_gate
         yield built
-
-
-def content(note: Any) -> tuple[str, Any]:
-    params = note["params"]
-    return note["method"], params.get("chunk") or params.get("parameters") or params.get("final_text")
 
 
 async def test_an_uncut_connection_carries_what_the_walk_below_cuts() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -142,6 +142,21 @@ def check_that_no_number_had_two_meanings(proxy: Proxy) -> None:
     for frame in itertools.chain.from_iterable(line.said["down"] for line in proxy.lines):
         if seq := frame.get("params", {}).get("seq"):
             assert meanings.setdefault(seq, frame) == frame
+
+
+def content(note: Any) -> tuple[str, Any]:
+    params = note["params"]
+    text = params.get("final_text") or params.get("error", {}).get("data", {}).get("partial_text", "")
+    return note["method"], params.get("chunk") or params.get("parameters") or text
+
+
+def joined(told: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Text may come in other pieces than it was sent in."""
+    for kind, run in itertools.groupby(told, lambda item: item[0]):
+        if kind.endswith("_chunk"):
+            yield kind, "".join(words for _, words in run)
+        else:
+            yield from run
 
 
 async def _hang_up(line: Line, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
