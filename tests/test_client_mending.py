@@ -181,3 +181,16 @@ async def test_a_tool_goes_on_running_while_there_is_no_connection() -> None:
         may_end.set()
         assert (await task.finish()).final_text == "Hello"
         assert it.upstream.requests[1].messages[-1]["content"] == "sea"
+
+
+async def test_a_line_that_is_dead_without_saying_so_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_session, "PING_EVERY", 0.05)
+    slow = [answers.text("Hel"), answers.pause("go on"), answers.reply("lo")]
+    async with running(slow) as it, it.session.generate("hi") as task:
+        assert await anext(task) == TextChunk("Hel")
+        it.line.loses = True
+        assert await anext(task) == Disconnected()
+        it.line.loses = False
+        it.upstream.gate("go on").set()
+        events = [event async for event in task]
+        assert (text_of(events), task.result.final_text) == ("lo", "Hello")

@@ -54,6 +54,7 @@ class Parameters(TypedDict, total=False):
     response_format: JsonObject
     reasoning_effort: str
     logit_bias: Mapping[str, float]
+    traceparent: str
 
 
 class Session:

@@ -85,6 +85,7 @@ class Task:
 
     def fail(self, error: InferenceError) -> None:
         if not self.is_over:
-            error.data.setdefault("partial_text", self.text)
+            if self._text:
+                error.data.setdefault("partial_text", self.text)
             self.error = error
             self.changed()
