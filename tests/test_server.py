@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 import trio_websocket
 
 from inference_trio.variables import Secret
@@ -297,9 +298,17 @@ async def test_nobody_listens_upstream() -> None:
         ((answers.text("x"), answers.hang()), {"task_timeout": 0.05}, "task"),
     ],
 )
-async def test_a_silent_provider_is_given_up_and_its_connection_closed(script: Any, limits: Any, phase: str) -> None:
+async def test_a_silent_provider_is_given_up_and_its_connection_closed(
+    script: Any, limits: Any, phase: str, mock_clock: trio.testing.MockClock
+) -> None:
+    """Time stands still until the provider has been reached, and has said what it says."""
     async with chatting(script, **limits) as (client, upstream):
-        error = (await client.ask_model())["error"]
+        await client.generate()
+        await upstream.wait_for_requests(1)
+        if phase != "first_token":
+            await client.until("text_chunk")
+        mock_clock.rate = 1
+        error = (await client.until("error"))["error"]
         assert (error["code"], error["data"]["phase"]) == (-32002, phase)
         with trio.fail_after(5):
             await upstream.requests[0].closed.wait()
