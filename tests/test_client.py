@@ -138,6 +138,18 @@ async def test_a_cancel_scope_around_the_session_cancels_the_generation() -> Non
         await upstream.requests[0].closed.wait()
 
 
+async def test_what_was_only_just_asked_for_is_cancelled_at_the_end_of_the_session() -> None:
+    async with open_upstream(HELLO, HANGS) as upstream, open_server(settings(upstream.base_url)) as server:
+        with trio.fail_after(PATIENCE):
+            async with connect(server.url) as session:
+                await session.ask("hi")
+                await session.generate("more").__aenter__()
+            for request in upstream.requests[1:]:
+                await request.closed.wait()
+            async with server.connect(session.id or "", "?after=0") as later:
+                assert (await later.hear())["params"]["tasks"] == []
+
+
 async def test_a_generation_that_waits_for_another_to_be_taken_on_is_cancelled_without_being_asked_for() -> None:
     async with running(HELLO) as it:
         it.line.target = "http://127.0.0.1:1"

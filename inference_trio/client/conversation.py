@@ -102,7 +102,7 @@ class Conversation:
 
     def cancel_all(self, done: Callable[[], object]) -> bool:
         """Cancels what runs, before the connection is closed for good; whether there is anything to wait for."""
-        if not self._tasks or not self._is_ready:
+        if not self.is_busy or not self._is_ready:
             return False
         self._request("cancel", {}, lambda _: done())
         return True
