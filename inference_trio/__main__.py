@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .terminal import run as chat
 
         return chat(options)
+    from .process import leave
     from .serving import run
 
-    return run(options.host, options.port)
+    return leave(run(options.host, options.port))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -106,12 +106,14 @@ class Hooks:
 
     ``before_start`` is called with Hypercorn's configuration; ``before_stop`` is awaited between the trigger and the
     stop, while all is still served. ``watch`` makes the trigger of a worker that Hypercorn's command started, out of
-    the one that the command gave it, if any: the command itself leaves signals that reach the worker alone.
+    the one that the command gave it, if any: the command itself leaves signals that reach the worker alone. ``leave``
+    is called when such a worker has nothing more to do.
     """
 
     before_start: Callable[[Config], None] = lambda _: None
     before_stop: Trigger = trio.lowlevel.checkpoint
     watch: Callable[[Trigger | None], Trigger | None] = lambda trigger: trigger
+    leave: Callable[[], None] = lambda: None
 
 
 def install(limits: ServerLimits, hooks: Hooks | None = None) -> None:
@@ -130,6 +132,7 @@ async def _serve_command(
     hooks: Hooks, app: Any, config: Config, *, shutdown_trigger: Trigger | None = None, **options: Any
 ) -> None:
     await _serve(hooks, app, config, shutdown_trigger=hooks.watch(shutdown_trigger), **options)
+    hooks.leave()
 
 
 async def _serve(

@@ -50,7 +50,7 @@ from .jsonrpc import convert, encode, loads
 from .local_model import embedded_model, find_weights
 from .metrics import Metrics
 from .model import ChatModel, build_model
-from .process import raise_file_limit, watch_signals
+from .process import leave, raise_file_limit, watch_signals
 from .protocol import Created, CreateSession, NewTicket
 from .runner import Model
 from .session import RETRY_AFTER
@@ -81,7 +81,8 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     opening = nullcontext(model) if model else open_model(settings)
     service = Service(settings, opening, Access.of(settings), open_tracing(settings, os.environ))
     limits = ServerLimits(settings.max_message_bytes, settings.max_connections, settings.memory_bytes // 4)
-    install(limits, Hooks(service.before_start, service.drain, partial(watch_signals, settings.drain_seconds)))
+    watch = partial(watch_signals, settings.drain_seconds)
+    install(limits, Hooks(service.before_start, service.drain, watch, partial(leave, 0)))
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket
     app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes

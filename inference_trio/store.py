@@ -198,12 +198,10 @@ async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float) -> No
     for session in sessions():
         session.tasks.cancel()
     await _wait_for_tasks(sessions, CLOSING_TIME)
-    connections = _connections(sessions())
-    for connection in connections:
-        connection.close(SERVICE_RESTART)
     with trio.move_on_after(CLOSING_TIME):
-        for connection in connections:
+        for connection in _close_all(sessions()):
             await connection.closed.wait()
+    _close_all(sessions())  # those that came meanwhile
 
 
 async def _wait_for_tasks(sessions: Callable[[], Sequence[InUse]], limit: float) -> None:
@@ -229,6 +227,13 @@ def census_of(sessions: Sequence[InUse], kept: int, outbox_bytes: int, held_byte
 
 def _connections(sessions: Sequence[InUse]) -> list[Attachment]:
     return [session.attached for session in sessions if session.attached]
+
+
+def _close_all(sessions: Sequence[InUse]) -> list[Attachment]:
+    connections = _connections(sessions)
+    for connection in connections:
+        connection.close(SERVICE_RESTART)
+    return connections
 
 
 def resume_window(settings: Settings, params: CreateSession) -> float:

@@ -545,6 +545,19 @@ async def test_a_client_that_does_not_read_does_not_hold_up_the_stop(autojump_cl
             await it.store.drain()
 
 
+async def test_a_client_that_comes_while_connections_are_closed_is_closed_too(autojump_clock: Any) -> None:
+    async with bench([text("x" * 100), hang], drain_seconds=1.0) as it:
+        holds_up, late = it.connect(it.create(), outgoing=0), it.create()
+        holds_up.call("generate", {"message": "hi"})
+        await trio.testing.wait_all_tasks_blocked()
+        it.nursery.start_soon(it.store.drain)
+        await trio.sleep(1.25)  # the task was cancelled, and its client is waited for
+        socket = it.connect(late)
+        with trio.fail_after(1):
+            await socket.gone.wait()
+        assert socket.close_code == 1012
+
+
 # A client that overdoes it
 
 

@@ -170,7 +170,7 @@ async def test_no_client_holds_up_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [SERVE, HYPERCORN], ids=["serve", "hypercorn"])
 async def test_no_thread_holds_up_the_end(command: tuple[str, ...], tmp_path: Path) -> None:
-    async with serving(tmp_path, command, limits={"stuck": True}, drain_seconds="0") as it:
+    async with serving(tmp_path, command, limits={"stuck": True, "grace": 5}, drain_seconds="0") as it:
         async with it.server.client() as client:
             await client.generate()
             it.stop()
