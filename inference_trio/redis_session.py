@@ -136,14 +136,14 @@ class RedisSession:
             self._release(name)
             raise
         epoch, previous, version, unsent, since, base, latest, workers, statuses = reply[1:]
+        if previous:
+            self.worker.tell(previous.decode(), ["over", self.id, epoch])
         if epoch < self._epoch:  # a newer connection was faster
             connection.close(TAKEN_OVER)
             self._release(name)
             return
         self._take_over(epoch)
         self.producer.room.update(version, unsent)
-        if previous:
-            self.worker.tell(previous.decode(), ["over", self.id, epoch])
         for worker in workers:
             self.worker.post(worker.decode(), ["attached", self.id, epoch, version, unsent])
         delivery = Delivery(max(since, base), self.producer.room.half // 4, connection.wake)
