@@ -5,8 +5,10 @@ With Redis each call may go to another worker; in memory all three are the same.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -24,6 +26,7 @@ from inference_trio.variables import Secret
 
 from . import fakes
 from .fakes import FakeModel, FakeWebSocket, finish, hang, text
+from .processes import free_port
 from .redis_server import RedisServer, running_redis
 from .test_connection import CALLS, HELLO, TOOL, numbers, text_of, transcript
 
@@ -63,6 +66,17 @@ def redis() -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RedisServer]:
+    """A Redis Cluster of one server: it refuses scripts that touch keys of two slots."""
+    options = ("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1", "--cluster-port", str(free_port()))
+    with running_redis(*options) as server:
+        assert server.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383") == b"+OK\r\n"
+        while b"cluster_state:ok" not in server.ask("CLUSTER", "INFO"):
+            time.sleep(0.01)
+        yield server
+
+
 @asynccontextmanager
 async def in_memory(*rounds: list[Any], **changes: Any) -> AsyncIterator[Workers]:
     async with trio.open_nursery() as nursery:
@@ -82,17 +96,13 @@ async def in_redis(url: str, *rounds: list[Any], **changes: Any) -> AsyncIterato
         nursery.cancel_scope.cancel()
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster"])
 def workers(request: pytest.FixtureRequest) -> Any:
     if request.param == "memory":
         return in_memory
-    server = request.getfixturevalue("redis")
+    server = request.getfixturevalue(request.param)
     server.ask("FLUSHALL")
-
-    def opened(*rounds: list[Any], **changes: Any) -> Any:
-        return in_redis(server.url, *rounds, **changes)
-
-    return opened
+    return partial(in_redis, server.url + ("?cluster=true" if request.param == "cluster" else ""))
 
 
 async def answer_and_end(socket: FakeWebSocket) -> tuple[Any, list[Any]]:
