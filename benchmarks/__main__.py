@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument(
         "--servers", nargs="+", choices=[kind.name for kind in servers.KINDS], help="only these and ours"
     )
+    parser.add_argument("--write", action="store_true", help="write what was measured, although it is not all")
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(names)}; all without one")
     options = parser.parse_args()
     if unknown := set(options.scenarios) - set(names):
@@ -28,11 +29,12 @@ def main() -> None:
     os.sched_setaffinity(0, servers.OTHER_CORES)
     wanted = {servers.OURS.name, *(options.servers or (kind.name for kind in servers.KINDS))}
     kinds = tuple(kind for kind in servers.KINDS if kind.name in wanted and servers.install(kind))
-    asyncio.run(measure(kinds, options.scenarios or names, quick=options.quick))
+    write = options.write or not (options.quick or options.scenarios or options.servers)
+    asyncio.run(measure(kinds, options.scenarios or names, quick=options.quick, write=write))
 
 
-async def measure(kinds: tuple[servers.Kind, ...], names: list[str], *, quick: bool) -> None:
-    """Only a run of everything is written to ``docs/``; another one is shown."""
+async def measure(kinds: tuple[servers.Kind, ...], names: list[str], *, quick: bool, write: bool) -> None:
+    """Measures these scenarios, shows the outcome, and writes it to ``docs/`` if asked."""
     began, port = time.monotonic(), servers.free_port()
     rows, curves = [], []
     with servers.upstream(port) as process:
@@ -46,7 +48,7 @@ async def measure(kinds: tuple[servers.Kind, ...], names: list[str], *, quick: b
                 curves.append(await CURVES[name](bench))
     text = report.markdown(rows, curves, kinds)
     print(f"\n{text}\n{time.monotonic() - began:.0f} s")
-    if not quick and len(names) == len(ROWS) + len(CURVES):
+    if write:
         docs = servers.ROOT / "docs"
         docs.mkdir(exist_ok=True)
         (docs / "benchmarks.md").write_text(text, encoding="utf-8")
