@@ -93,6 +93,7 @@ class ServerLimits:
         config.websocket_ping_interval = self.ping_interval
         # Runs from the connection's start, or the last response, to the next complete headers.
         config.keep_alive_timeout = self.header_timeout
+        config.include_server_header = False
         config.max_app_queue_size = 1
 
 

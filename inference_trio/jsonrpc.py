@@ -31,6 +31,9 @@ MAX_DEPTH = 100
 MAX_BATCH = 100
 """Requests in one batch."""
 
+MAX_ID_CHARACTERS = 1024
+"""Of a request's id, which its answer repeats: answers wait for clients that do not read."""
+
 MAX_CONTAINERS = 100_000
 """Arrays and objects in a frame. Small ones take a hundred times their bytes, and the time to make them."""
 
@@ -131,6 +134,8 @@ def _decode_request(value: Any, size: int) -> Iterator[Call | Invalid]:
     request_id = request.get("id")
     if isinstance(request_id, bool) or not isinstance(request_id, str | int | float | None):
         yield Invalid(None, InvalidRequestError("Expected a string, a number or null - at `id`"))
+    elif isinstance(request_id, str) and len(request_id) > MAX_ID_CHARACTERS:
+        yield Invalid(None, InvalidRequestError(f"Expected at most {MAX_ID_CHARACTERS} characters - at `id`"))
     elif error := _envelope_error(request):
         yield Invalid(request_id, error)
     else:

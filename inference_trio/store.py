@@ -191,14 +191,18 @@ class InUse(Protocol):
 
 
 async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float) -> None:
-    """Lets the tasks end within ``limit`` seconds, cancels the rest, and closes the connections."""
+    """Lets the tasks end within ``limit`` seconds, cancels the rest, and closes the connections.
+
+    A connection is closed when it has sent all there is; for that, too, there is time up to the limit.
+    """
+    deadline = trio.current_time() + limit
     for connection in _connections(sessions()):
         connection.tell(Draining(limit))
     await _wait_for_tasks(sessions, limit)
     for session in sessions():
         session.tasks.cancel()
     await _wait_for_tasks(sessions, CLOSING_TIME)
-    with trio.move_on_after(CLOSING_TIME):
+    with trio.move_on_at(max(deadline, trio.current_time()) + CLOSING_TIME):
         for connection in _close_all(sessions()):
             await connection.closed.wait()
     _close_all(sessions())  # those that came meanwhile

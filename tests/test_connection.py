@@ -536,6 +536,26 @@ async def test_a_client_that_resumes_while_the_server_stops_is_told(autojump_clo
         assert [(await socket.hear())["method"] for _ in range(2)] == ["resumed", "draining"]
 
 
+async def test_a_stopping_server_waits_until_a_slow_client_has_everything(autojump_clock: Any) -> None:
+    async with bench([*(text("x") for _ in range(20)), finish()], drain_seconds=10.0) as it:
+        socket = it.connect(it.create(), outgoing=0)
+        socket.call("generate", {"message": "hi"})
+        await trio.testing.wait_all_tasks_blocked()
+        stopped = trio.Event()
+
+        async def stop() -> None:
+            await it.store.drain()
+            stopped.set()
+
+        it.nursery.start_soon(stop)
+        await trio.sleep(9)
+        assert not stopped.is_set()
+        frames = await transcript(socket)
+        assert frames[-1]["params"]["final_text"] == "x" * 20
+        await stopped.wait()
+        assert socket.close_code == 1012
+
+
 async def test_a_client_that_does_not_read_does_not_hold_up_the_stop(autojump_clock: Any) -> None:
     async with bench([text("x" * 100), hang], drain_seconds=1.0) as it:
         socket = it.connect(it.create(), outgoing=0)

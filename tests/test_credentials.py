@@ -222,6 +222,7 @@ async def test_every_response_tells_browsers_to_be_careful() -> None:
             assert response.headers["x-content-type-options"] == "nosniff"
             assert response.headers["referrer-policy"] == "no-referrer"
             assert response.headers["cache-control"] == "no-store"
+            assert "server" not in response.headers
     assert "unsafe" not in CONTENT_SECURITY_POLICY
 
 

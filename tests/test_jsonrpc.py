@@ -19,6 +19,7 @@ from inference_trio.errors import InvalidParamsError, NoSuchTaskError, ParseErro
 from inference_trio.jsonrpc import (
     MAX_BATCH,
     MAX_CONTAINERS,
+    MAX_ID_CHARACTERS,
     MAX_DEPTH,
     Call,
     Frame,
@@ -530,3 +531,11 @@ def test_containers_are_counted_before_they_are_made() -> None:
 def test_text_may_have_any_number_of_brackets(text: str) -> None:
     assert loads(json.dumps({"text": text})) == {"text": text}
     assert loads(json.dumps([text, "[", text])) == [text, "[", text]
+
+
+def test_an_id_may_be_long_but_not_without_end() -> None:
+    for length, code in ((MAX_ID_CHARACTERS, -32601), (MAX_ID_CHARACTERS + 1, -32600)):
+        (item,) = decode(json.dumps({"jsonrpc": "2.0", "id": "i" * length, "method": "nothing"})).items
+        assert isinstance(item, Invalid)
+        assert item.error.code == code
+        assert item.id == ("i" * length if code == -32601 else None)
