@@ -20,7 +20,7 @@ from inference_trio.deltas import Delta, ToolCallDelta
 from inference_trio.errors import UpstreamError
 from inference_trio.messages import ModelRequest
 from inference_trio.protocol import CreateSession
-from inference_trio.session import BYTES_PER_BYTE_OF_JSON, Session
+from inference_trio.session import BYTES_PER_BYTE_OF_JSON, TAKEN_OVER, Session
 from inference_trio.settings import Settings
 from inference_trio.store import SessionStore
 
@@ -128,8 +128,8 @@ class Guest:
     reads: bool = True
     is_roomy: bool = True
     window_ends: float = NEVER
-    left: list[FakeWebSocket] = attrs.field(factory=list)
-    """Connections that newer ones have taken over from."""
+    left: list[tuple[FakeWebSocket, bool]] = attrs.field(factory=list)
+    """Connections that newer ones have taken over from, and whether they read."""
     said: dict[int, Any] = attrs.field(factory=dict)
     missed: set[int] = attrs.field(factory=set)
     last: int = 0
@@ -215,7 +215,8 @@ class Guest:
 
     def check_all_was_told(self) -> None:
         """Every note there was, except for those that were announced as missing; each story to its end and no more."""
-        for socket in self.left:
+        for socket, reads in self.left:
+            assert socket.close_code == TAKEN_OVER or not reads, "without a reader it may be stuck in a frame"
             self._check_left(socket.heard())
         self.missed -= self.said.keys()
         assert {*self.said, *self.missed} == set(range(1, self.session.outbox.latest_seq + 1))
@@ -254,6 +255,8 @@ class Play:
     ended: list[str] = attrs.field(factory=list)
     """The ids of the tasks whose end was reported."""
     _named: int = 0
+    _held_up: Story | None = None
+    """Who was told to speak while there was no room."""
 
     def attempt_failed(self, *_: Any) -> None: ...
 
@@ -279,7 +282,7 @@ class Play:
         """Connects to hear what comes after the last but ``back`` that was heard, or with ``None`` what is new."""
         guest = self._found(at)
         if older := guest.disconnect():
-            guest.left.append(older)
+            guest.left.append((older, guest.reads))
         if back is None:
             guest.expect_only_what_is_new()
             after = None
@@ -374,8 +377,9 @@ class Play:
     def order(self, pick: int, what: str, how: Any) -> None:
         """Has one of the models say something next."""
         if running := self.running:
-            _, story = running[pick % len(running)]
+            guest, story = running[pick % len(running)]
             story.order(what, how)
+            self._held_up = story if guest.session.outbox.is_full and not story.is_waiting else None
 
     # Time
 
@@ -417,6 +421,9 @@ class Play:
                 guest.listen()
             guest.note_use()
             self._check(guest)
+            if self._held_up and self._held_up in guest.running and guest.session.outbox.is_full:
+                assert self._held_up.is_speaking, "what it says next has to wait"
+        self._held_up = None
         self._check_counts()
 
     def _check(self, guest: Guest) -> None:
