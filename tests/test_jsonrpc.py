@@ -19,8 +19,8 @@ from inference_trio.errors import InvalidParamsError, NoSuchTaskError, ParseErro
 from inference_trio.jsonrpc import (
     MAX_BATCH,
     MAX_CONTAINERS,
-    MAX_ID_CHARACTERS,
     MAX_DEPTH,
+    MAX_ID_CHARACTERS,
     Call,
     Frame,
     Invalid,
