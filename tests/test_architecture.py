@@ -43,6 +43,7 @@ ORDER = (
     "client.errors",
     "client.events",
     "client.wire",
+    "client.schemas",
     "client.tools",
     "client.task",
     "client.conversation",

@@ -208,3 +208,7 @@ def from_status(status: int, error: Mapping[str, Any], *, of_session: bool) -> I
         return from_wire({"message": message, "code": error["code"], "data": data})
     is_of_proxy = status in (502, 503, 504)
     return UnreachableError(message, data=data) if is_of_proxy else RequestError(message, data=data)
+
+
+class ArgumentsError(Exception):
+    """The model's arguments do not fit the function; the message says how, for the model."""

@@ -12,9 +12,10 @@ import msgspec
 import trio
 
 from .conversation import Conversation
+from .errors import ArgumentsError
 from .events import Event, Result, ToolCall
 from .task import Task
-from .tools import ArgumentsError, Tool, ToolFunction
+from .tools import Tool, ToolFunction
 
 CANCEL_LIMIT = 5.0
 """Seconds to wait for the end of what was cancelled, where the block is left early."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from pydantic_core import to_json
 
 from .events import JsonObject
 
@@ -15,6 +14,8 @@ def as_json(value: Any) -> msgspec.Raw:
 
     Raises TypeError for what has no JSON.
     """
+    from pydantic_core import to_json  # not with the module: it takes a while to import
+
     try:
         return msgspec.Raw(to_json(value, inf_nan_mode="null"))
     except (ValueError, TypeError) as error:
