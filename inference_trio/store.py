@@ -81,7 +81,7 @@ class SessionStore:
             store=self,
             outbox=Outbox(self.settings.outbox_bytes, self.budget),
         )
-        self._hold(session.size)
+        self._hold(owner, session.size)
         owner.sessions += 1
         self._sessions[session.id] = session
         self.touch(session)
@@ -115,22 +115,27 @@ class SessionStore:
         _check_count("tasks", owner.running, owner.max_tasks, "of this token")
         _check_count("tasks", self.running, settings.max_tasks, "on the server")
         owner.spend_request(trio.current_time())
-        self._hold(size)
+        self._hold(owner, size)
         owner.running += 1
         self.running += 1
 
     def dismiss_task(self, session: Session, size: int) -> None:
         """The task has ended."""
         self.budget.used -= size
+        session.owner.held -= size
         session.owner.running -= 1
         self.running -= 1
         self.touch(session)
 
-    def _hold(self, size: int) -> None:
+    def _hold(self, owner: Owner, size: int) -> None:
+        """One of several owners may hold half of what all may, so that there is some left for the others."""
+        if owner.name is not None and owner.held + size > self.budget.limit // 2:
+            raise OverloadedError("The sessions of this token hold as much as they may", retry_after=RETRY_AFTER)
         self.budget.add(size)
         if self.budget.is_exceeded:
             self.budget.used -= size
             raise OverloadedError("The sessions of this server hold as much as they may", retry_after=RETRY_AFTER)
+        owner.held += size
 
     def make_room(self) -> None:
         """Brings what sessions hold within the limit, as far as that takes nothing from those in use."""
@@ -147,6 +152,7 @@ class SessionStore:
         del self._sessions[session.id], self._idle[session.id]
         self._replayable.pop(session.id, None)
         session.owner.sessions -= 1
+        session.owner.held -= session.size
         self.budget.used -= session.size + session.outbox.size
 
     def census(self) -> Census:

@@ -130,3 +130,22 @@ async def test_sessions_and_tasks_of_one_owner_are_counted_apart() -> None:
         await (await one.cancel(None)).ended()
         await trio.testing.wait_all_tasks_blocked()
         assert (alice.running, it.store.running) == (0, 0)
+
+
+async def test_one_token_cannot_hold_what_is_meant_for_all() -> None:
+    async with bench([hang], memory_bytes=400 * KB) as it:
+        alice, bob = Owner("alice"), Owner("bob")
+        params = CreateSession(tools=[fakes.tool({"name": "look", "description": "d" * 20 * KB})])
+        for _ in range(3):
+            await it.store.create(params, alice)
+        with pytest.raises(OverloadedError, match="this token hold as much"):
+            await it.store.create(params, alice)
+        session = await it.store.create(params, bob)
+        held = bob.held
+        socket = it.connect(session)
+        socket.call("generate", {"message": "m" * 10 * KB})
+        assert "result" in await socket.hear()
+        assert bob.held > held + 30 * KB
+        await (await session.cancel(None)).ended()
+        await trio.testing.wait_all_tasks_blocked()
+        assert bob.held == held
