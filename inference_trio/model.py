@@ -11,6 +11,7 @@ from typing import Protocol
 
 import attrs
 import trio
+from langchain_core.tracers.langchain import wait_for_all_tracers
 
 from .bridge import stream_in_thread
 from .deltas import Delta, mended
@@ -49,8 +50,9 @@ class ChatModel:
         await stream_in_thread(partial(self._deltas, request), receive, limiter=self._limiter)
 
     async def aclose(self) -> None:
-        """Close the connections to the provider."""
+        """Close the connections to the provider, and let LangSmith have what its client has not sent yet."""
         await self._source.aclose()
+        await trio.to_thread.run_sync(wait_for_all_tracers, abandon_on_cancel=True)
 
     def _deltas(self, request: ModelRequest) -> Iterator[Delta | None]:
         has_begun = False

@@ -257,7 +257,7 @@ async def _closing(model: ChatModel) -> AsyncIterator[Model]:
     try:
         yield model
     finally:
-        with trio.move_on_after(CLOSING_TIME, shield=True):  # a cancelled one closes the first connection only
+        with trio.move_on_after(2 * CLOSING_TIME, shield=True):  # a cancelled one closes the first connection only
             await model.aclose()
 
 

@@ -508,7 +508,7 @@ async def test_results_that_come_twice_late_for_nothing_or_in_tons_change_nothin
 
 async def test_an_id_may_be_used_again_and_is_answered_each_time(target: Target, record: Any) -> None:
     async with attack(target, record) as attacker, attacker.server.client() as client:
-        for request_id in (1, 1, "1", 1.5, None, 2**63, "x" * 100_000):
+        for request_id in (1, 1, "1", 1.5, None, 2**63, "x" * 1024):
             await client.say({"jsonrpc": "2.0", "id": request_id, "method": "cancel"})
             assert await client.hear() == {"jsonrpc": "2.0", "id": request_id, "result": {"cancelled": []}}
         await client.say([{"jsonrpc": "2.0", "id": 1, "method": "cancel"}] * 100)
