@@ -15,7 +15,7 @@ import pydantic
 import pytest
 import trio
 
-from inference_trio.client import Generation, ToolCall, ToolResult, ToolTimeoutError, tool
+from inference_trio.client import Generation, ToolCall, ToolResult, ToolTimeoutError, connect, tool
 from tests import answers
 from tests.client_bench import CALL, HELLO, Bench, running
 
@@ -320,3 +320,17 @@ async def test_tools_are_checked_before_anything_is_sent() -> None:
             it.session.generate("hi", tools=[forecast, forecast])
         with pytest.raises(TypeError, match="name"):
             it.session.generate("hi", tools=[{"description": "?"}])
+
+
+def test_what_a_tool_returns_need_not_be_resolved() -> None:
+    def look(at: int) -> Unknown:  # type: ignore[name-defined]  # noqa: F821
+        return at
+
+    assert tool(look).declaration["parameters"]["properties"] == {"at": {"type": "integer"}}
+
+
+async def test_a_token_with_the_end_of_a_line_is_refused_and_not_shown() -> None:
+    with pytest.raises(ValueError, match="Expected a token") as refused:
+        async with connect("http://127.0.0.1:9", token="secret\n"):
+            pass
+    assert "secret" not in str(refused.value)

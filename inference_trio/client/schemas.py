@@ -62,5 +62,7 @@ def _keywords(function: Callable[..., Any], annotated: Callable[..., Any]) -> An
         return arguments
 
     keywords.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    keywords.__annotations__ = get_type_hints(annotated, include_extras=True)
+    keywords.__annotations__ = {name: hint for name, hint in annotated.__annotations__.items() if name != "return"}
+    names = getattr(inspect.unwrap(annotated), "__globals__", {})
+    keywords.__annotations__ = get_type_hints(keywords, globalns=names, include_extras=True)
     return keywords

@@ -106,7 +106,7 @@ class Session:
         if self._conversation.closed:
             raise self._conversation.closed.copy()
         own = tools_of(tools) if tools is not None else None
-        turn: list[JsonObject] = [] if message is None else [{"role": "user", "content": message}]
+        turn: list[JsonObject] = [] if not message else [{"role": "user", "content": message}]
         instruction = [] if system is None else [{"role": "system", "content": system}]
         params: JsonObject = {
             **parameters,

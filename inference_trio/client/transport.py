@@ -146,6 +146,8 @@ async def open_transport(url: str, token: str | None, ssl_context: ssl.SSLContex
     scheme = _SCHEMES[parts.scheme]
     at = f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
     context = (ssl_context or ssl.create_default_context()) if scheme == "https" else None
+    if token and not (token.isascii() and token.isprintable()):
+        raise ValueError("Expected a token of printable ASCII characters, without the end of a line")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with httpx2.AsyncClient(
         headers=headers,
