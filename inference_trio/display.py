@@ -8,6 +8,7 @@ import sys
 from typing import Any, Protocol, TextIO
 
 import attrs
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
@@ -210,7 +211,10 @@ class OnTerminal:
 
 
 def _markdown(text: str) -> Markdown:
-    return Markdown(text, hyperlinks=False)
+    """HTML shows as it is written: Rich would leave it out, and with it half of ``Vec<String>``."""
+    markdown = Markdown(text, hyperlinks=False)
+    markdown.parsed = MarkdownIt(options_update={"html": False}).enable(["strikethrough", "table"]).parse(text)
+    return markdown
 
 
 def finished(text: str) -> int:

@@ -20,7 +20,7 @@ from inference_trio.client import (
     ToolResult,
     Usage,
 )
-from inference_trio.display import LONGEST_NOTICE, OnTerminal, Plain, finished, notice_of
+from inference_trio.display import LONGEST_NOTICE, OnTerminal, Plain, _markdown, finished, notice_of
 
 
 def call(**arguments: Any) -> ToolCall:
@@ -122,3 +122,11 @@ def test_no_markup_of_the_terminal_is_taken_from_a_model() -> None:
     shown = on_terminal(call(at="[red]x[/red]"), TextChunk("[bold]y[/bold] \x1b[31mz"), end=Result("", "completed"))
     assert "[red]x[/red]" in shown
     assert "[bold]y[/bold] [31mz" in shown
+
+
+def test_html_in_an_answer_is_shown_as_it_is_written() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(_markdown("use Vec<String> or <your-key> **here**\n\n<div>x</div>"))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "use Vec<String> or <your-key> here" in shown
+    assert "<div>x</div>" in shown
