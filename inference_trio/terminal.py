@@ -11,7 +11,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ import trio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from .client import InferenceError, Parameters, Result, Session, Tool, connect, tool
+from .client.tools import tools_of
 from .display import Display, JsonLines, OnTerminal, Plain
 from .errors import ConfigurationError
 from .own_server import own_server
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     display = _display(options.json)
     try:
-        tools = [load_tool(path) for path in options.tool]
+        tools = _load_tools(options.tool)
         message = None if sys.stdin.isatty() else _piped()
         with (
             own_server() if options.url is None else nullcontext(options.url) as url,
@@ -98,6 +99,13 @@ def _parameters(options: argparse.Namespace) -> Parameters:
     given: Any = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     parameters: Parameters = given
     return parameters
+
+
+def _load_tools(paths: Sequence[str]) -> list[Tool]:
+    try:
+        return list(tools_of(map(load_tool, paths)).values())
+    except ValueError as error:
+        raise ConfigurationError(f"--tool: {error}") from error
 
 
 def load_tool(path: str) -> Tool:

@@ -196,6 +196,14 @@ async def test_a_tool_that_is_not_there_has_status_2_and_one_line(folder: Path, 
     assert path in line
 
 
+async def test_a_tool_that_is_given_twice_has_status_2_and_one_line(folder: Path) -> None:
+    ended = await chat("hi", "http://127.0.0.1:1", *["--tool", "my_tools:look"] * 2, folder=folder)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.decode().splitlines()
+    assert "--tool" in line
+    assert "look" in line
+
+
 async def test_nothing_piped_in_has_status_2(folder: Path) -> None:
     assert (await chat("\n", "http://127.0.0.1:1", folder=folder)).returncode == 2
 
