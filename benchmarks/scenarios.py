@@ -106,7 +106,7 @@ def _at_most(what: str, value: float, limit: float, unit: str) -> str:
 
 
 def _cells(values: dict[str, float], unit: str) -> dict[str, str]:
-    return {name: f"{value:.3g} {unit}" for name, value in values.items()}
+    return {name: f"{value:.3g} {unit}" if math.isfinite(value) else "too late" for name, value in values.items()}
 
 
 async def burst(bench: Bench) -> Row:

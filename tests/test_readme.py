@@ -50,6 +50,14 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
     assert found[1] == table_of_settings()
 
 
+def test_the_figures_are_those_of_the_last_benchmark() -> None:
+    section = README.partition("## What it costs")[2].partition("\n## ")[0]
+    figures = re.findall(r"\*\*(.+?)\*\*", section)
+    measured = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert figures
+    assert [figure for figure in figures if f"**{figure}**" not in measured] == []
+
+
 def test_every_module_has_its_line() -> None:
     named = set(re.findall(r"`(\w+\.py)`", README))
     there = {path.name for path in (ROOT / "inference_trio").glob("*.py")} - {"__init__.py"}
