@@ -154,7 +154,7 @@ class Chat:
                 self.ask(message)
 
     def _read_line(self) -> str:
-        if sys.stdout.isatty():
+        if isinstance(self.display, OnTerminal):
             return input(PROMPT)
         sys.stderr.write(PROMPT)  # standard output is for the answers
         sys.stderr.flush()

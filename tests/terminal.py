@@ -56,12 +56,14 @@ class Terminal:
 
 
 @asynccontextmanager
-async def open_terminal(*arguments: str, folder: Path, columns: int = 80, **variables: str) -> AsyncIterator[Terminal]:
-    """The chat in a terminal of this width."""
+async def open_terminal(
+    *arguments: str, folder: Path, columns: int = 80, errors: str = "&1", **variables: str
+) -> AsyncIterator[Terminal]:
+    """The chat in a terminal of this width, with standard error there or in a file."""
     keys, screen = pty.openpty()
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     # The first terminal that the leader of a session opens becomes its own, which Ctrl-C needs.
-    command = ["sh", "-c", f'exec "$@" <>{os.ttyname(screen)} >&0 2>&1', "sh", *CHAT, *arguments]
+    command = ["sh", "-c", f'exec "$@" <>{os.ttyname(screen)} >&0 2>{errors}', "sh", *CHAT, *arguments]
     process = await trio.lowlevel.open_process(
         command, cwd=folder, env=_environment(**variables), start_new_session=True
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from inference_trio import errors, protocol
 from inference_trio.client import (
     BrokenStreamError,
     ClosedError,
+    DefectError,
     InferenceError,
     OverloadedError,
     Parameters,
@@ -125,7 +129,42 @@ async def test_a_cancel_scope_around_it_cancels_the_generation() -> None:
                 async for _ in task:
                     scope.cancel()
         assert scope.cancelled_caught
+        assert (task.result.status, task.result.final_text) == ("cancelled", "Hel")
+        assert [message["content"] for message in it.session.history] == ["hi", "Hel"]
         await it.upstream.requests[0].closed.wait()
+
+
+async def test_an_end_that_comes_after_the_block_was_cancelled_changes_nothing() -> None:
+    async with running(HANGS, HELLO) as it:
+        with trio.CancelScope() as scope:
+            async with it.session.generate("hi") as task:
+                await anext(task)
+                scope.cancel()
+                await task.finish()
+        left = task.result
+        it.session.history.clear()
+        await it.session.ask("more")  # its end comes after that of the first
+        assert [message["content"] for message in it.session.history] == ["more", "Hello"]
+        assert task.result is left
+
+
+async def test_what_was_cancelled_without_a_connection_is_in_the_history_at_once() -> None:
+    async with running(HANGS) as it:
+        with trio.CancelScope() as scope:
+            async with it.session.generate("hi") as task:
+                await anext(task)
+                it.line.target = "http://127.0.0.1:1"
+                it.line.cut()
+                scope.cancel()
+        assert [message["content"] for message in it.session.history] == ["hi", "Hel"]
+
+
+async def test_what_was_cancelled_before_it_said_anything_is_not_in_the_history() -> None:
+    async with running(HANGS) as it:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await it.session.ask("hi")
+        assert it.session.history == []
 
 
 async def test_a_cancel_scope_around_the_session_cancels_the_generation() -> None:
@@ -203,6 +242,15 @@ async def test_misuse_is_told() -> None:
                 pass
 
 
+def test_in_asyncio_it_says_that_it_needs_trio() -> None:
+    async def main() -> None:
+        async with connect("http://127.0.0.1:1"):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"trio\.run\(main\)"):
+        asyncio.run(main())
+
+
 # Errors
 
 
@@ -240,6 +288,59 @@ async def test_a_server_that_is_not_there_is_told_at_once() -> None:
     with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1"):
         async with connect("http://127.0.0.1:1"):
             pass
+
+
+@asynccontextmanager
+async def another_server(head: str) -> AsyncIterator[str]:
+    """Its URL; it answers every request with this head."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(f"HTTP/1.1 {head}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, answer, listeners)
+        yield f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        ("200 OK\r\nContent-Type: text/html", "HTTP 200, text/html"),
+        ("404 Not Found", "HTTP 404, no content type"),
+        ("301 Moved\r\nLocation: https://elsewhere/", "HTTP 301 to https://elsewhere/, no content type"),
+    ],
+)
+async def test_another_server_at_the_url_is_told_with_what_was_found(head: str, found: str) -> None:
+    with trio.fail_after(PATIENCE):
+        async with another_server(head) as url:
+            with pytest.raises(DefectError) as told:
+                async with connect(url):
+                    pass
+            assert str(told.value) == f"No inference server at {url}/: {found}"
+
+
+async def test_a_wrong_path_of_the_server_is_told() -> None:
+    async with running() as it:
+        with pytest.raises(DefectError, match=r"No inference server at http://\S+/v1/: HTTP 404, application/json"):
+            async with connect(f"{it.server.url}/v1"):
+                pass
+
+
+async def test_another_server_in_place_of_the_one_before_fails_what_ran() -> None:
+    async with (
+        running(HANGS) as it,
+        another_server("200 OK\r\nContent-Type: text/html") as url,
+        it.session.generate("hi") as task,
+    ):
+        await anext(task)
+        it.line.target = url
+        it.line.cut()
+        with pytest.raises(DefectError, match="No inference server"):
+            await task.finish()
 
 
 async def test_a_full_server_says_when_to_come_back() -> None:

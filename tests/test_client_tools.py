@@ -6,7 +6,7 @@ import datetime
 import enum
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,9 +15,11 @@ import pydantic
 import pytest
 import trio
 
-from inference_trio.client import Generation, ToolCall, ToolResult, ToolTimeoutError, connect, tool
+from inference_trio.client import Generation, Tool, ToolCall, ToolResult, ToolTimeoutError, connect, tool
 from tests import answers
 from tests.client_bench import CALL, HELLO, Bench, running
+from tests.harness import PATIENCE, open_server, settings
+from tests.upstream import open_upstream
 
 
 class Unit(enum.Enum):
@@ -132,15 +134,23 @@ def test_what_cannot_be_described_is_refused_with_its_name(function: Callable[..
         tool(function)
 
 
+@pytest.mark.parametrize("function", [lambda at: at, functools.partial(forecast)])
+async def test_a_function_without_a_usable_name_is_refused_before_anything_is_sent(function: Any) -> None:
+    with pytest.raises(ValueError, match="Expected a tool's name"):
+        async with connect("http://127.0.0.1:1", tools=[function]):
+            pass
+
+
 # How it is called
 
 
 @asynccontextmanager
 async def calling(
-    function: Callable[..., Any], arguments: Any, *, name: str = "", **changes: Any
+    function: Callable[..., Any] | Tool, arguments: Any, **changes: Any
 ) -> AsyncIterator[tuple[Bench, Generation]]:
     """A generation in which the model calls the function."""
-    call = answers.calls(answers.tool_call(0, "c1", name or function.__name__, arguments))
+    name = function.name if isinstance(function, Tool) else function.__name__
+    call = answers.calls(answers.tool_call(0, "c1", name, arguments))
     async with (
         running(call, HELLO, tools=[function], **changes) as it,
         it.session.generate("hi") as task,
@@ -148,7 +158,7 @@ async def calling(
         yield it, task
 
 
-async def given(function: Callable[..., Any], arguments: Any) -> str:
+async def given(function: Callable[..., Any] | Tool, arguments: Any) -> str:
     """What the model gets for a call."""
     async with calling(function, arguments) as (it, task):
         await task.finish()
@@ -213,6 +223,66 @@ async def test_functions_run_in_threads_and_async_ones_in_trio() -> None:
     assert await given(asynchronous, {"at": ""}) == "null"
     assert asynchronous.thread == threading.get_ident()
     assert threads[0] != threading.get_ident()
+
+
+def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As decorators are that know nothing of async functions."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
+
+
+async def test_an_async_function_may_be_decorated_by_what_is_not_async() -> None:
+    @decorated
+    async def look(at: str) -> str:
+        await trio.lowlevel.checkpoint()
+        return at.upper()
+
+    assert await given(look, {"at": "sea"}) == "SEA"
+    assert await given(tool(functools.partial(look), name="look"), {"at": "sea"}) == "SEA"
+
+
+async def test_a_generator_gives_a_list_and_runs_in_the_thread() -> None:
+    threads = []
+
+    def look(at: str) -> Iterator[str]:
+        threads.append(threading.get_ident())
+        yield from at
+
+    assert await given(look, {"at": "sea"}) == '["s","e","a"]'
+    assert threads[0] != threading.get_ident()
+
+
+async def test_of_a_group_of_exceptions_the_model_is_told_what_is_in_it() -> None:
+    async def look(at: str) -> None:
+        raise ExceptionGroup("of a nursery", [LookupError("no sea"), ExceptionGroup("inner", [KeyError("x")])])
+
+    async with calling(look, {"at": "sea"}) as (_, task):
+        assert [event async for event in task][1] == ToolResult(
+            "c1", "look", error="LookupError: no sea; KeyError: 'x'"
+        )
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_function_that_ends_the_program_ends_it(kind: type[BaseException], is_async: bool) -> None:
+    def look(at: str) -> None:
+        raise kind(3)
+
+    async def look_async(at: str) -> None:
+        raise kind(3)
+
+    call = answers.calls(answers.tool_call(0, "c1", "look", {"at": "sea"}))
+    function = tool(look_async if is_async else look, name="look")
+    with trio.fail_after(PATIENCE):
+        async with open_upstream(call, HELLO) as upstream, open_server(settings(upstream.base_url)) as server:
+            with pytest.raises(kind) as ended:
+                async with connect(server.url, tools=[function]) as session:
+                    await session.ask("hi")
+            assert ended.value.args == (3,)
 
 
 async def test_calls_of_a_round_run_at_a_time() -> None:

@@ -142,6 +142,16 @@ async def test_what_a_model_writes_cannot_steer_the_terminal(folder: Path) -> No
         assert "\x1b]0;" not in screen.seen
 
 
+async def test_as_json_on_a_terminal_the_prompts_are_not_in_the_output(folder: Path) -> None:
+    async with serving(HELLO) as it, open_terminal(it.url, "--json", folder=folder, errors="prompts") as screen:
+        screen.press("one\n")
+        await screen.until('"type": "end"')
+        screen.press(CONTROL_D)
+        assert await screen.process.wait() == 0
+        assert "> " not in screen.seen
+        assert (folder / "prompts").read_text() == "> > \n"
+
+
 async def test_a_hang_up_ends_it(folder: Path) -> None:
     async with serving() as it, open_terminal(it.url, folder=folder) as screen:
         await screen.until("> ")

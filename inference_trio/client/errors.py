@@ -10,7 +10,7 @@ InferenceError
 │   ├── BrokenStreamError     the provider's stream broke off or made no sense
 │   └── TooManyRoundsError    the model went on calling tools
 ├── OverloadedError           the server is full, or stopping
-├── DefectError               the server has a defect
+├── DefectError               the server has a defect, or there is no such server at the URL
 └── ConnectionLostError       given up, or not to be settled after a gap
     ├── UnreachableError      no connection can be made
     ├── UnauthorizedError     the token is missing or not in force
@@ -22,7 +22,7 @@ InferenceError
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 UNSETTLED = "connection_lost"
@@ -131,7 +131,7 @@ class OverloadedError(InferenceError):
 
 
 class DefectError(InferenceError):
-    """The server has a defect, or what answers is no such server."""
+    """The server has a defect, or what answers at the URL is no such server."""
 
     codes = (-32603, "defect")
 
@@ -196,18 +196,37 @@ def from_wire(error: Mapping[str, Any]) -> InferenceError:
     return kind(str(error.get("message", "The server gives no reason")), code, error.get("data"))
 
 
-def from_status(status: int, error: Mapping[str, Any], *, of_session: bool) -> InferenceError:
-    """The exception for an HTTP answer with an error in its body, about a session or about none yet."""
-    message = str(error.get("message", f"The server answers with the HTTP status {status}"))
+def from_status(status: int, error: Mapping[str, Any], found: str, *, of_session: bool) -> InferenceError:
+    """The exception for an HTTP answer with an error in its body, about a session or about none yet.
+
+    ``found`` is what was found where the server should be, for people.
+    """
+    message = str(error.get("message", found))
     data = {**(error.get("data") or {}), "status": status}
     if status == 401:
         return UnauthorizedError(message, data=data)
     if status == 404 and of_session:
         return SessionGoneError(message, data=data)
-    if "code" in error:
+    if "code" in error and status not in (404, 405):
         return from_wire({"message": message, "code": error["code"], "data": data})
     is_of_proxy = status in (502, 503, 504)
-    return UnreachableError(message, data=data) if is_of_proxy else RequestError(message, data=data)
+    return UnreachableError(found, data=data) if is_of_proxy else DefectError(found, data=data)
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """What is in a group, also in groups within it; the exception itself where it is no group."""
+    if not isinstance(error, BaseExceptionGroup):
+        yield error
+        return
+    for each in error.exceptions:
+        yield from leaves(each)
+
+
+def out_of_group(error: BaseException) -> BaseException:
+    """What a group says: what ends the program, or else the only exception in it, or else the group."""
+    inner = list(leaves(error))
+    fatal = [leaf for leaf in inner if isinstance(leaf, SystemExit | KeyboardInterrupt)]
+    return fatal[0] if fatal else inner[0] if len(inner) == 1 else error
 
 
 class ArgumentsError(Exception):

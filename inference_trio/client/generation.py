@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from .conversation import Conversation
-from .errors import ArgumentsError
+from .errors import ArgumentsError, leaves
 from .events import Event, Result, ToolCall
 from .task import Task
 from .tools import Tool, ToolFunction
@@ -72,10 +72,15 @@ class Generation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with trio.move_on_after(CANCEL_LIMIT) as patience:
-            await self.cancel()
-        if patience.cancelled_caught:  # without a connection; the server is told when there is one
-            self._task.finish(Result(self._task.text, "cancelled", self._task.id))
+        """Cancels what runs and waits for its end, which has all its messages, unless the block itself is cancelled.
+
+        Then, as after `CANCEL_LIMIT`, what was heard so far is the result; an end that comes later changes nothing.
+        """
+        try:
+            with trio.move_on_after(CANCEL_LIMIT):
+                await self.cancel()
+        finally:
+            self._task.leave()
 
     def __aiter__(self) -> Self:
         return self
@@ -153,5 +158,5 @@ class Generation:
                 await call.fail(str(error))
             except Exception as error:
                 logger.info("The tool %s has failed", call.name, exc_info=True)
-                await call.fail(f"{type(error).__name__}: {error}")
+                await call.fail("; ".join(f"{type(leaf).__name__}: {leaf}" for leaf in leaves(error)))
         self._scopes.discard(scope)

@@ -13,7 +13,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from .conversation import Conversation
-from .errors import ClosedError, ConnectionLostError, DefectError, InferenceError, SessionGoneError
+from .errors import ClosedError, ConnectionLostError, DefectError, InferenceError, SessionGoneError, out_of_group
 from .events import JsonObject, Result
 from .generation import Generation, ToolBox
 from .tools import Function, Tool, tools_of
@@ -62,7 +62,7 @@ class Session:
 
     Attributes:
         history: the turns so far, which generations go on from: the message and what the generation added, as each
-            ends. It may be changed in between.
+            ends, at the latest when its block is left. It may be changed in between.
     """
 
     def __init__(self, transport: Transport, box: ToolBox, tools: Mapping[str, Tool], give_up_after: float) -> None:
@@ -281,8 +281,11 @@ async def connect(
         ssl_context: in place of Python's default, for `https`
         give_up_after: seconds without a connection after which running generations fail
 
-    Raises UnreachableError, UnauthorizedError, or as the server refuses it; TypeError or ValueError for wrong tools.
+    Raises UnreachableError, UnauthorizedError, DefectError where there is no such server, or as the server refuses it;
+    TypeError or ValueError for wrong tools; RuntimeError outside of Trio.
     """
+    if not trio.lowlevel.in_trio_run():
+        raise RuntimeError("The client needs Trio: run it with `trio.run(main)`, or in asyncio as docs/clients.md says")
     offered = tools_of(tools)
     failure: BaseException | None = None
     async with open_transport(url, token, ssl_context) as transport:
@@ -297,8 +300,8 @@ async def connect(
                 finally:
                     await session.close()
                     nursery.cancel_scope.cancel()
-        except BaseException:
+        except BaseException as error:
             if failure is None or isinstance(failure, trio.Cancelled):
-                raise
+                failure = out_of_group(error)
         if failure is not None:
             raise failure

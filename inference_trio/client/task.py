@@ -83,6 +83,11 @@ class Task:
             self.result = result
             self.changed()
 
+    def leave(self) -> None:
+        """Ends it here, with the text so far; the server is still to be told, or has yet to confirm it."""
+        messages = [{"role": "assistant", "content": self.text}] if self._text else []
+        self.finish(Result(self.text, "cancelled", self.id, messages=messages))
+
     def fail(self, error: InferenceError) -> None:
         if not self.is_over:
             if self._text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -28,11 +29,11 @@ class ToolFunction:
         Raises whatever it raises, and ArgumentsError before it is called. A thread cannot be cancelled: it is left to
         itself, and what it returns is dropped.
         """
-        converted = self._convert(arguments)
+        call = functools.partial(self.call, **self._convert(arguments))
         if inspect.iscoroutinefunction(inner(self.call)):
-            return await self.call(**converted)
-        call = functools.partial(self.call, **converted)
-        return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
+            return await call()
+        (given,) = await trio.to_thread.run_sync(_whole, call, abandon_on_cancel=True, limiter=limiter)
+        return await given if inspect.isawaitable(given) else given  # of an async function in a decorator that is not
 
 
 @attrs.frozen
@@ -49,9 +50,15 @@ def tool(function: Function, *, name: str | None = None, description: str | None
 
     Parameters are described by the docstring's section on them (in the style of Google, NumPy or Sphinx) or by
     `Annotated[…, pydantic.Field(description=…)]`. The model's arguments are converted to the annotated types.
-    Raises TypeError where a parameter can be given by position only, or no schema can be made of an annotation.
+    Raises TypeError where a parameter can be given by position only, or no schema can be made of an annotation, and
+    ValueError for a name that no tool can have, like that of a lambda.
     """
     name = name or str(getattr(function, "__name__", ""))
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise ValueError(
+            f"Expected a tool's name of 1 to 64 letters, digits, _ or -, got {name!r} of {function!r}:"
+            " `tool(function, name=…)` gives one"
+        )
     kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
     if inspect.Parameter.POSITIONAL_ONLY in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
         raise TypeError(f"Expected parameters that can be given by name - in the tool {name!r}")
@@ -61,6 +68,15 @@ def tool(function: Function, *, name: str | None = None, description: str | None
     text = description or documented
     declaration = {"name": name, **({"description": text} if text else {}), "parameters": schema}
     return Tool(name, declaration, ToolFunction(function, convert))
+
+
+def _whole(call: Callable[[], Any]) -> tuple[Any]:
+    """What it returns, in a tuple because Trio lets no thread return a coroutine.
+
+    From a generator it is all that it gives: that is the function's work, and so the thread's.
+    """
+    given = call()
+    return (list(given) if inspect.isgenerator(given) else given,)
 
 
 def inner(function: Function) -> Function:

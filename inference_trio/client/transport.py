@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -48,7 +48,8 @@ class Transport:
         answer = _object(response.content)
         if response.status_code == 200 and "session_id" in answer:
             return str(answer["session_id"])
-        raise from_status(response.status_code, _error_in(answer), of_session=False)
+        found = self._found(response.status_code, response.headers.items())
+        raise from_status(response.status_code, _error_in(answer), found, of_session=False)
 
     @asynccontextmanager
     async def open_socket(self, session_id: str, after: int) -> AsyncIterator[WebSocketConnection]:
@@ -70,7 +71,7 @@ class Transport:
         finally:
             await trio.aclose_forcefully(line)
         for failure in failures:
-            raise _refusal(failure) if isinstance(failure, ConnectionRejected) else failure
+            raise self._refusal(failure) if isinstance(failure, ConnectionRejected) else failure
 
     async def _open_line(self, url: SplitResult) -> _Line:
         host, port = url.hostname or "", url.port or (443 if self.ssl_context else 80)
@@ -90,6 +91,17 @@ class Transport:
         while not str(reason) and (deeper := reason.__cause__ or reason.__context__):
             reason = deeper
         return UnreachableError(f"Cannot reach {self.url}: {reason}")
+
+    def _refusal(self, rejected: ConnectionRejected) -> InferenceError:
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in rejected.headers or ()]
+        found = self._found(rejected.status_code, headers)
+        return from_status(rejected.status_code, _error_in(_object(rejected.body or b"")), found, of_session=True)
+
+    def _found(self, status: int, headers: Iterable[tuple[str, str]]) -> str:
+        """What answers in place of an inference server."""
+        fields = {name.lower(): value for name, value in headers}
+        to = f" to {fields['location']}" if "location" in fields else ""
+        return f"No inference server at {self.url}: HTTP {status}{to}, {fields.get('content-type', 'no content type')}"
 
     async def _shake_hands(self, nursery: trio.Nursery, line: _Line, url: SplitResult) -> WebSocketConnection:
         headers = [(b"Authorization", f"Bearer {self.token}".encode())] if self.token else []
@@ -157,10 +169,6 @@ async def open_transport(url: str, token: str | None, ssl_context: ssl.SSLContex
         trust_env=False,  # the WebSocket would not go through a proxy of the environment
     ) as http:
         yield Transport(at, http, context, token)
-
-
-def _refusal(rejected: ConnectionRejected) -> InferenceError:
-    return from_status(rejected.status_code, _error_in(_object(rejected.body or b"")), of_session=True)
 
 
 def _object(body: bytes) -> JsonObject:
