@@ -13,7 +13,8 @@ one structure follow
 - bounded memory, whatever the client does. Only the newest notification is kept whatever its size.
 
 All outboxes, and what else sessions hold, share one `Budget`. While it is exceeded an outbox keeps nothing for
-replay, and a producer waits as soon as anything is unsent: whoever reads goes on, whoever does not read waits.
+replay, and a producer waits as soon as anything is unsent: whoever reads goes on, whoever does not read waits until
+there is room, wherever that was made.
 
 Sizes are in bytes of JSON, near enough for a bound.
 """
@@ -21,7 +22,8 @@ Sizes are in bytes of JSON, near enough for a bound.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import attrs
 import msgspec
@@ -34,11 +36,16 @@ _OVERHEAD = 160
 
 @attrs.define
 class Budget:
-    """Bytes that may be held in all places together, and that are. ``make_room`` is called while it is exceeded."""
+    """Bytes that may be held in all places together, and that are. ``make_room`` is called while it is exceeded.
+
+    Who waits for room is woken one at a time, those who wait longest first; each of them wakes the next one when it
+    goes on. So what the first ones put there is counted before many more are woken.
+    """
 
     limit: int
     make_room: Callable[[], None] = lambda: None
     used: int = 0
+    _queue: dict[object, Callable[[], object]] = attrs.field(factory=dict)
 
     @property
     def is_exceeded(self) -> bool:
@@ -48,6 +55,25 @@ class Budget:
         self.used += size
         if self.is_exceeded:
             self.make_room()
+
+    def release(self, size: int) -> None:
+        self.used -= size
+        self._wake_next()
+
+    @contextmanager
+    def queueing(self, wake: Callable[[], object]) -> Iterator[None]:
+        """To wait in for room: ``wake`` is called, at most once, when there is some."""
+        place = object()
+        self._queue[place] = wake
+        try:
+            yield
+        finally:
+            self._queue.pop(place, None)
+            self._wake_next()
+
+    def _wake_next(self) -> None:
+        if self._queue and not self.is_exceeded:
+            self._queue.pop(next(iter(self._queue)))()
 
 
 @attrs.define
@@ -105,8 +131,13 @@ class Outbox:
 
     @property
     def is_full(self) -> bool:
-        """Whether a producer has to wait until something is taken."""
+        """Whether a producer has to wait: until something is taken, or where it `lacks_room` until there is room."""
         return self._unsent_bytes >= (1 if self.budget.is_exceeded else self.limit // 2)
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether it is full only for what all together hold."""
+        return self.is_full and self._unsent_bytes < self.limit // 2
 
     def append(self, note: TaskNotification) -> None:
         """Adds a notification under the next number, or its text to the newest one if that is not sent yet."""
@@ -169,7 +200,7 @@ class Outbox:
         while self._sent and self._sent[0].seq < self.latest_seq and is_too_much():
             size = self._sent.popleft().size
             self._sent_bytes -= size
-            self.budget.used -= size
+            self.budget.release(size)
 
 
 def _continues(newest: Entry, note: TextChunk | ReasoningChunk) -> bool:

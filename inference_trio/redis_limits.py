@@ -48,7 +48,7 @@ class Limits:
         """Counts bytes. Raises OverloadedError where they are too many."""
         self.budget.add(size)
         if self.budget.is_exceeded:
-            self.budget.used -= size
+            self.budget.release(size)
             raise OverloadedError("The sessions of this server hold as much as they may", retry_after=RETRY_AFTER)
 
 

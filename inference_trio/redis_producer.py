@@ -112,7 +112,7 @@ class Producer:
         """Nothing is told any more."""
         self._open.clear()
         self._changed.clear()
-        self.budget.used -= self._replace_pending().size
+        self.budget.release(self._replace_pending().size)
         self.room.changed()
 
     async def settle(self) -> None:
@@ -150,7 +150,7 @@ class Producer:
         finally:
             self._done = self._begun
             self._under_way = 0
-            self.budget.used -= pending.size
+            self.budget.release(pending.size)
             self.room.changed()
 
     async def _append_pending(self, entries: list[Entry]) -> Appended | None:

@@ -280,7 +280,7 @@ class RedisSession:
             raise OverloadedError("This connection was taken over", retry_after=RETRY_AFTER)
 
     def _dismiss(self, runner: Runner, size: int, how: str = "") -> None:
-        self.store.limits.budget.used -= size
+        self.store.limits.budget.release(size)
         if not self.worker.is_over:
             self.worker.nursery.start_soon(self._forget, runner.task.id, how)
 

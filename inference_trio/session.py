@@ -11,6 +11,7 @@ of them waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import attrs
@@ -96,7 +97,8 @@ class Session:
     tasks: RunningTasks = attrs.field(default=attrs.Factory(_tasks, takes_self=True))
     last_used: float = attrs.field(factory=trio.current_time)
     attached: Attachment | None = None
-    _room: trio.Event | None = None
+    _producers: set[trio.Event] = attrs.field(factory=set)
+    """One for each that waits for room."""
 
     # Connections
 
@@ -126,7 +128,7 @@ class Session:
         self.tasks.close_window()
         self.attached = connection
         self.store.touch(self)
-        self._make_room()
+        self._wake_producers()
         if after is not None:
             connection.tell(self._resumed(replay))
         if self.store.drains_until is not None:
@@ -144,7 +146,7 @@ class Session:
         if self.attached is not connection:
             return None
         entry = self.outbox.take()
-        self._make_room()
+        self._wake_producers()
         return entry
 
     @property
@@ -170,14 +172,17 @@ class Session:
 
     async def wait_for_room(self) -> None:
         while self.outbox.is_full:
-            if self._room is None:
-                self._room = trio.Event()
-            await self._room.wait()
+            awake = trio.Event()
+            self._producers.add(awake)
+            with self.outbox.budget.queueing(awake.set) if self.outbox.lacks_room else nullcontext():
+                await awake.wait()
+            self._producers.discard(awake)
 
-    def _make_room(self) -> None:
-        if self._room is not None and not self.outbox.is_full:
-            self._room.set()
-            self._room = None
+    def _wake_producers(self) -> None:
+        if self._producers and (self.outbox.lacks_room or not self.outbox.is_full):
+            for awake in self._producers:
+                awake.set()
+            self._producers.clear()
 
     # Methods
 

@@ -121,7 +121,7 @@ class SessionStore:
 
     def dismiss_task(self, session: Session, size: int) -> None:
         """The task has ended."""
-        self.budget.used -= size
+        self.budget.release(size)
         session.owner.held -= size
         session.owner.running -= 1
         self.running -= 1
@@ -133,7 +133,7 @@ class SessionStore:
             raise OverloadedError("The sessions of this token hold as much as they may", retry_after=RETRY_AFTER)
         self.budget.add(size)
         if self.budget.is_exceeded:
-            self.budget.used -= size
+            self.budget.release(size)
             raise OverloadedError("The sessions of this server hold as much as they may", retry_after=RETRY_AFTER)
         owner.held += size
 
@@ -153,7 +153,7 @@ class SessionStore:
         self._replayable.pop(session.id, None)
         session.owner.sessions -= 1
         session.owner.held -= session.size
-        self.budget.used -= session.size + session.outbox.size
+        self.budget.release(session.size + session.outbox.size)
 
     def census(self) -> Census:
         sessions = list(self._sessions.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -366,6 +368,34 @@ def test_over_the_budget_nothing_is_kept_for_replay_and_whatever_is_unsent_makes
     assert (box.oldest_seq, box.rewind(0).gap) == (4, True)
     budget.used -= 1000
     assert not box.is_full
+
+
+def test_who_waits_for_room_is_woken_in_order_and_one_at_a_time() -> None:
+    budget, woken = Budget(limit=100), []
+    budget.add(101)
+    with ExitStack() as first, ExitStack() as others:
+        first.enter_context(budget.queueing(partial(woken.append, 0)))
+        for number in range(1, 4):
+            others.enter_context(budget.queueing(partial(woken.append, number)))
+        budget.release(0)
+        assert woken == [], "there is no room yet"
+        budget.release(1)
+        assert woken == [0]
+        budget.add(1)
+        first.close()
+        assert woken == [0], "it has taken the room"
+        budget.release(1)
+        assert woken == [0, 1]
+    assert woken == [0, 1, 2], "the last one gave up, and that wakes the next one"
+    budget.release(1)
+
+
+def test_who_gives_up_waiting_is_not_woken() -> None:
+    budget, woken = Budget(limit=0, used=1), []
+    with budget.queueing(partial(woken.append, "gave up")):
+        pass
+    budget.release(1)
+    assert woken == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])

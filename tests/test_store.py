@@ -115,6 +115,23 @@ async def test_over_the_limit_a_reader_still_gets_everything() -> None:
         assert reading.outbox.size < 85 * KB, "nothing but the end, with the text twice, is kept for replay"
 
 
+async def test_models_that_wait_for_room_go_on_when_others_have_made_some() -> None:
+    answers = [long_answer(40), long_answer(40)]
+    async with bench([hang], *answers, memory_bytes=200 * KB, outbox_bytes=1024 * KB) as it:
+        hog, waiting = it.create(), [it.create() for _ in answers]
+        holder = it.connect(hog)
+        holder.call("generate", {"message": "m" * 55 * KB})
+        await holder.hear()
+        for session in waiting:
+            it.connect(session, outgoing=1).call("generate", {"message": "hi"})
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.store.budget.is_exceeded
+        assert all(session.runners for session in waiting)
+        holder.call("cancel")
+        await trio.testing.wait_all_tasks_blocked()
+        assert not any(session.runners for session in waiting), "both have told all, although nobody reads"
+
+
 async def test_sessions_and_tasks_of_one_owner_are_counted_apart() -> None:
     async with bench([hang]) as it:
         alice, bob = Owner("alice", max_sessions=2, max_tasks=1), Owner("bob", max_sessions=2)
