@@ -51,7 +51,7 @@ def node_modules() -> Path | None:
 
 PRELUDE = """
 import {{ createInterface }} from "node:readline";
-import {{ createSession, InferenceError }} from {client};
+import {{ createSession, InferenceError, resumeSession }} from {client};
 const url = {url};
 const say = (value) => process.stdout.write(JSON.stringify(value) + "\\n");
 const lines = createInterface({{ input: process.stdin }})[Symbol.asyncIterator]();

@@ -164,6 +164,36 @@ async def test_a_wrong_parameter_is_an_error_that_names_it(options: str, code: A
     assert named in result["message"]
 
 
+@pytest.mark.parametrize("message", ['""', "[]"])
+async def test_an_empty_message_is_refused_before_it_is_sent(message: str, tmp_path: Path) -> None:
+    """Also with a history, from which a model would just go on, a small one without end."""
+    source = f"""
+    const session = await createSession(url);
+    await session.ask("hi");
+    say(await failing(session.ask({message})));
+    session.close();
+    """
+    async with running(source, tmp_path, HELLO) as it:
+        error = await it.hear()
+        assert (error["code"], len(it.upstream.requests)) == ("invalid", 1)
+        assert "not empty" in error["message"]
+
+
+async def test_two_readers_share_the_events_and_both_end(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url);
+    const generation = session.generate("hi");
+    const both = await Promise.all([all(generation), all(generation)]);
+    say([both.flat().map((event) => event.text ?? "").join(""), await all(generation)]);
+    session.close();
+    """
+    async with running(source, tmp_path, [answers.pause("both wait"), answers.reply("Hello")]) as it:
+        await it.upstream.wait_for_requests(1)
+        it.upstream.gate("both wait").set()
+        text, again = await it.hear()
+        assert (text, again) == ("HelloHello", []), "of the text and of the end"
+
+
 async def test_the_providers_failure_has_the_text_so_far(tmp_path: Path) -> None:
     source = """
     const session = await createSession(url);
@@ -649,14 +679,134 @@ async def test_a_server_that_stops_is_given_up_after_a_time(tmp_path: Path) -> N
         assert {"draining", "open"} <= set(await it.hear())
 
 
-async def test_a_server_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
-    source = """
-    say(await failing(createSession("http://127.0.0.1:9")));
-    say(await failing(createSession(`${url}/elsewhere/`)));
+OTHERS = """
+import http from "node:http";
+const serving = async (status, body) => {
+  const server = http.createServer((_, response) => response.writeHead(status).end(body));
+  await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+  server.unref();
+  return [`http://127.0.0.1:${server.address().port}`, server];
+};
+const nobody = async () => {
+  const [where, server] = await serving();
+  await new Promise((resolve) => server.close(resolve));
+  return [where];
+};
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "found", "retryable"),
+    [
+        ("await nobody()", "ECONNREFUSED", True),
+        ("await serving(200, '{}')", "no sessions", False),
+        ("await serving(404, '<p>')", "404", False),
+        ("await serving(405, '{\"detail\": 1}')", "405", False),
+        ("await serving(502, '')", "502", True),
+        ("[`${url}/elsewhere/`]", "404", False),
+        ("[`${url}/web/client.js`]", "405", False),
+        ("[url.replace('http', 'https')]", "SSL", True),
+    ],
+)
+async def test_where_no_server_is_that_is_said_at_once(where: str, found: str, retryable: bool, tmp_path: Path) -> None:
+    source = (
+        OTHERS
+        + f"""
+    const [where] = {where};
+    say([where, await failing(createSession(where))]);
     """
-    async with running(source, tmp_path) as it:
-        assert (await it.hear())["code"] == "unreachable"
-        assert (await it.hear())["data"]["status"] == 404
+    )
+    where, error = await said(source, tmp_path)
+    assert (error["code"], error["retryable"]) == ("unreachable", retryable)
+    assert f"no inference server at {where}" in error["message"]
+    assert found in error["message"]
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "nonsense", "ftp://127.0.0.1"])
+async def test_what_is_no_url_is_said_to_be_none(url: str, tmp_path: Path) -> None:
+    error = await said(f"say(await failing(createSession({url!r})));", tmp_path)
+    assert error["code"] == "invalid"
+    assert "Expected a URL like http" in error["message"]
+
+
+async def test_the_schemes_of_websockets_are_taken_too(tmp_path: Path) -> None:
+    source = """
+    const session = await createSession(url.replace("http", "ws"));
+    say((await session.ask("hi")).text);
+    session.close();
+    """
+    assert await said(source, tmp_path, HELLO) == "Hello"
+
+
+# Going on in another process, as a page does when it is loaded anew
+
+
+async def test_a_session_goes_on_elsewhere_with_what_runs(tmp_path: Path) -> None:
+    source = (
+        LOOK
+        + """
+    const first = await createSession(url, { tools: [look] });
+    await first.ask("one");
+    const began = first.generate("two")[Symbol.asyncIterator]();
+    while ((await began.next()).value.text !== "Hel");
+    const state = JSON.parse(JSON.stringify(first.state));
+    const session = await resumeSession(url, state, { tools: [look] });
+    const [generation] = session.resumed;
+    say([session.id === first.id, session.history.length, seen]);
+    const events = await all(generation);
+    say([events.map((event) => event.text ?? event.name ?? event.gap), seen]);
+    say([(await generation.result).text, session.history.map((message) => message.role)]);
+    say((await session.ask("three")).text);
+    session.close();
+    """
+    )
+    script = [answers.text("Hel"), answers.pause("resumed"), answers.reply("lo")]
+    async with running(source, tmp_path, answers.reply("1"), CALL, script, answers.reply("3")) as it:
+        assert await it.hear() == [True, 2, ["sea"]]
+        it.upstream.gate("resumed").set()
+        shown, seen = await it.hear()
+        assert shown[:2] == [False, "look"]
+        assert "".join(shown[2:-1]) == shown[-1] == "Hello"
+        assert seen == ["sea"], "a call that was answered is not run again"
+        roles = ["user", "assistant", "user", "assistant", "tool", "assistant"]
+        assert await it.hear() == ["Hello", roles]
+        assert await it.hear() == "3"
+        assert len(it.upstream.requests) == 4
+
+
+async def test_a_call_that_waited_is_run_where_the_session_goes_on(tmp_path: Path) -> None:
+    source = """
+    const look = { name: "look", run: () => new Promise(() => {}) };
+    const first = await createSession(url, { tools: [look] });
+    for await (const event of first.generate("hi")) {
+      if (event.type !== "toolCall") continue;
+      const session = await resumeSession(url, first.state, { tools: [{ ...look, run: () => "seen" }] });
+      say((await session.resumed[0].result).text);
+      say(session.history.length);
+      session.close();
+      break;
+    }
+    """
+    async with running(source, tmp_path, CALL, HELLO) as it:
+        assert await it.hear() == "Hello"
+        assert await it.hear() == 4
+        assert it.upstream.requests[1].messages[-1]["content"] == "seen"
+
+
+async def test_a_session_that_is_gone_goes_on_as_a_new_one_with_the_history(tmp_path: Path) -> None:
+    source = """
+    const first = await createSession(url);
+    await first.ask("one");
+    const state = { ...first.state, id: "nonesuch", running: [{ id: "task", turn: [] }] };
+    first.close();
+    const session = await resumeSession(url, state);
+    say(await failing(session.resumed[0].result));
+    say([(await session.ask("two")).text, session.history.length]);
+    session.close();
+    """
+    async with running(source, tmp_path, HELLO, HELLO) as it:
+        assert (await it.hear())["code"] == "session_gone"
+        assert await it.hear() == ["Hello", 4]
 
 
 # Tokens
@@ -689,8 +839,7 @@ async def test_it_takes_the_class_of_the_package_ws(tmp_path: Path) -> None:
     source = f"""
     import {{ WebSocket as Ws }} from {str(modules / "ws" / "wrapper.mjs")!r};
     delete globalThis.WebSocket;
-    const without = await createSession(url);
-    say(await failing(without.generate("hi").result));
+    say(await failing(createSession(url)));
     const session = await createSession(url, {{ WebSocket: Ws, ...fast }});
     say((await session.generate("hi").result).text);
     session.reconnect();
@@ -698,5 +847,7 @@ async def test_it_takes_the_class_of_the_package_ws(tmp_path: Path) -> None:
     session.close();
     """
     async with running(source, tmp_path, HELLO, HELLO) as it:
-        assert "`WebSocket`" in (await it.hear())["message"]
+        message = (await it.hear())["message"]
+        assert "`WebSocket`" in message
+        assert "--experimental-websocket" in message
         assert [await it.hear(), await it.hear()] == ["Hello", "Hello"]

@@ -31,6 +31,12 @@
 /**
  * @typedef {{ [name: string]: unknown }} JsonObject
  *
+ * @typedef {object} State What `resumeSession` needs of a session. It can be written as JSON, and has no token.
+ * @property {string | null} id
+ * @property {number} after the number before the first event of what runs
+ * @property {JsonObject[]} history
+ * @property {{ id: string, turn: JsonObject[] | null }[]} running `turn`: what goes into the history before the answer
+ *
  * @typedef {object} Tool A function that the model may call, in this process.
  * @property {string} name `[A-Za-z0-9_-]{1,64}`
  * @property {string} [description] tells the model what it is for
@@ -110,6 +116,13 @@ const CLOSE_LIMIT = 100;
 const GIVE_UP_AFTER = 120_000;
 const TAKEN_OVER = 4409;
 const TOO_BIG = 1009;
+const OF_A_PROXY = [502, 503, 504];
+const SCHEMES = /** @type {{ [scheme: string]: string }} */ ({
+  "http:": "http:",
+  "https:": "https:",
+  "ws:": "http:",
+  "wss:": "https:",
+});
 const NO_SUCH_TASK = -32004;
 const RETRYABLE = [-32001, -32005, "unreachable", "connection_lost", "session_gone"];
 
@@ -117,9 +130,10 @@ const RETRYABLE = [-32001, -32005, "unreachable", "connection_lost", "session_go
 const backoff = (attempt) => Math.min(250 * 2 ** attempt, 5_000) * (0.5 + Math.random() / 2);
 
 /**
- * What went wrong. `code` is the server's (a number, see the README) or one of the client's own: `unreachable`,
- * `unauthorized`, `session_gone` (expired, or the server was started anew), `connection_lost` (given up, or not to be
- * settled after a gap), `taken_over` (a newer connection has the session), `too_big`, `refused`, `closed`.
+ * What went wrong. `code` is the server's (a number, see the README) or one of the client's own: `unreachable` (no
+ * inference server is at the URL; the message says what is found there), `unauthorized`, `session_gone` (expired, or the
+ * server was started anew), `connection_lost` (given up, or not to be settled after a gap), `taken_over` (a newer
+ * connection has the session), `too_big`, `invalid` (it cannot be sent), `closed`.
  * Where a generation had begun, `data.partial_text` has its text so far.
  */
 export class InferenceError extends Error {
@@ -138,7 +152,7 @@ export class InferenceError extends Error {
 
   /** Whether the same may succeed when it is tried again, after `data.retry_after` seconds where that is given. */
   get retryable() {
-    return this.data.retryable === true || this.data.phase === "connect" || RETRYABLE.includes(this.code);
+    return this.data.retryable ?? (this.data.phase === "connect" || RETRYABLE.includes(this.code));
   }
 }
 
@@ -148,11 +162,29 @@ export class InferenceError extends Error {
  * @param {string | URL} url the server's address; in a browser also relative to the page
  * @param {SessionOptions} [options]
  * @returns {Promise<Session>}
- * @throws {InferenceError} `unreachable`, `unauthorized`, or as the server refuses it
+ * @throws {InferenceError} `unreachable`, `unauthorized`, `invalid`, or as the server refuses it
  */
 export async function createSession(url, options = {}) {
   const session = new Session(url, options);
   await session.open();
+  return session;
+}
+
+/**
+ * Goes on with a session whose `state` was kept, for instance in `sessionStorage` while a page loads anew. The
+ * generations that ran are in `session.resumed`, and their events come again from the first one on. A call that was
+ * answered is not run again; one that was not, is. Where the server has forgotten the session, they fail with
+ * `session_gone`, and the next generation gets a new session with the same history.
+ *
+ * @param {string | URL} url
+ * @param {State} state
+ * @param {SessionOptions} [options] functions are not in the state: the tools have to be given again
+ * @returns {Promise<Session>}
+ * @throws {InferenceError} as `createSession`
+ */
+export async function resumeSession(url, state, options = {}) {
+  const session = new Session(url, options);
+  await session.restore(state);
   return session;
 }
 
@@ -213,11 +245,13 @@ class Task {
    */
   calls = new Map();
   ending = new AbortController();
+  since = 0; // the number before its first event
   /** @type {GenerationEvent[]} */
   #events = [];
   /** @type {InferenceError | null} */
   #error = null;
-  #wake = () => {};
+  /** @type {(() => void)[]} */
+  #waiting = [];
   /** @type {(result: Result) => void} */
   #resolve = () => {};
   /** @type {(error: InferenceError) => void} */
@@ -226,10 +260,15 @@ class Task {
   /** @type {JsonObject} */
   params = {};
 
-  /** @param {Tool[]} tools @param {(result: Result) => void} ended */
-  constructor(tools, ended) {
+  /**
+   * @param {Tool[]} tools
+   * @param {JsonObject[] | null} turn what goes into the history before the answer; null: neither does
+   * @param {(added: JsonObject[]) => void} remember
+   */
+  constructor(tools, turn, remember) {
     this.tools = tools;
-    this.ended = ended;
+    this.turn = turn;
+    this.remember = remember;
     /** @type {Promise<Result>} */
     this.result = new Promise((resolve, reject) => ([this.#resolve, this.#reject] = [resolve, reject]));
     this.result.catch(() => {}); // whoever only iterates is told there
@@ -242,14 +281,16 @@ class Task {
   /** @returns {Promise<IteratorResult<GenerationEvent, undefined>>} */
   async next() {
     while (this.#events.length === 0 && !this.isOver) {
-      await new Promise((resolve) => {
-        this.#wake = () => resolve(null);
-      });
+      await new Promise((resolve) => this.#waiting.push(() => resolve(null)));
     }
     const event = this.#events.shift();
     if (event) return { done: false, value: event };
     if (this.#error) throw this.#error;
     return { done: true, value: undefined };
+  }
+
+  #wake() {
+    for (const wake of this.#waiting.splice(0)) wake();
   }
 
   /** Text that nobody has read yet grows in place: it costs little when nobody reads. @param {GenerationEvent} event */
@@ -269,7 +310,7 @@ class Task {
   finish(result) {
     if (this.isOver) return;
     this.emit({ type: "end", ...result });
-    this.ended(result);
+    if (this.turn && result.messages.length) this.remember([...this.turn, ...result.messages]);
     this.ending.abort();
     this.#resolve(result);
     this.#wake();
@@ -293,6 +334,8 @@ export class Session {
    * @type {JsonObject[]}
    */
   history = [];
+  /** The generations that `resumeSession` found running, in order. @type {Generation[]} */
+  resumed = [];
   #url;
   #options;
   /** @type {string | null} */
@@ -322,8 +365,7 @@ export class Session {
 
   /** @param {string | URL} url @param {SessionOptions} options */
   constructor(url, options) {
-    const absolute = new URL(url, globalThis.location?.href);
-    this.#url = absolute.pathname.endsWith("/") ? absolute : new URL(`${absolute.pathname}/`, absolute);
+    this.#url = base(url);
     this.#options = options;
     globalThis.addEventListener?.("online", this.#online);
   }
@@ -333,30 +375,47 @@ export class Session {
     return this.#id;
   }
 
+  /** What `resumeSession` needs to go on with it, as of now. @returns {State} */
+  get state() {
+    const running = [...this.#tasks.values()];
+    return {
+      id: this.#id,
+      after: Math.min(this.#lastSeq, ...running.map((task) => task.since)),
+      history: this.history,
+      running: running.map(({ id, turn }) => ({ id: String(id), turn })),
+    };
+  }
+
   /**
    * Starts a generation; several may run at a time. Never throws: what is wrong, the iteration and the result tell.
    *
-   * @param {string | JsonObject[] | null} message of the user, a text or content parts; null: the history has it
+   * @param {string | JsonObject[] | null} message of the user, a text or content parts, not empty; null: the history
+   *   has it
    * @param {GenerateOptions & JsonObject} [options]
    * @returns {Generation}
    */
   generate(message, options = {}) {
     const { history, tools, signal } = options;
     const turn = message === null ? [] : [{ role: "user", content: message }];
-    const task = new Task(tools ?? this.#options.tools ?? [], ({ messages }) => {
-      if (!history && messages.length) this.history.push(...turn, ...messages);
-    });
+    const task = this.#task(tools ?? this.#options.tools, history ? null : turn);
     const cancel = () => this.#cancel(task);
     try {
       if (this.#closed) throw this.#closed;
+      if (message?.length === 0)
+        throw invalid("Expected a message that is not empty, or null where the history has it");
       task.params = parameters(message, { ...options, history: history ?? this.history });
       if (signal?.aborted) cancel();
       else this.#start(task);
       signal?.addEventListener("abort", cancel, { once: true, signal: task.ending.signal });
     } catch (error) {
-      task.fail(error instanceof InferenceError ? copy(error) : new InferenceError(String(error), "invalid"));
+      task.fail(error instanceof InferenceError ? copy(error) : invalid(String(error)));
     }
     return new Generation(task, cancel);
+  }
+
+  /** @param {Tool[] | undefined} tools @param {JsonObject[] | null} turn */
+  #task(tools = [], turn) {
+    return new Task(tools, turn, (added) => this.history.push(...added));
   }
 
   /**
@@ -382,7 +441,27 @@ export class Session {
 
   /** Use `createSession`. */
   async open() {
+    this.#socketClass();
     await this.#create();
+    this.#connect();
+  }
+
+  /** Use `resumeSession`. @param {State} state */
+  async restore({ id, after, history, running }) {
+    this.#socketClass();
+    [this.#id, this.#lastSeq, this.history] = [id, after, [...history]];
+    for (const { id: taskId, turn } of running) {
+      const task = this.#task(this.#options.tools, turn);
+      [task.id, task.since] = [taskId, after];
+      this.#tasks.set(taskId, task);
+      this.resumed.push(new Generation(task, () => this.#cancel(task)));
+    }
+    try {
+      if (id !== null) this.#created = await this.#ticket();
+    } catch (error) {
+      if (!(error instanceof InferenceError) || error.code !== "session_gone") throw error;
+      this.#forget(error);
+    }
     this.#connect();
   }
 
@@ -443,14 +522,21 @@ export class Session {
   /** What to say in the handshake; creates the session where there is none. @returns {Promise<string[]>} */
   async #protocols() {
     if (this.#id === null) await this.#create();
-    const { ticket } = this.#created ?? (await this.#post(`sessions/${this.#id}/ticket`));
+    const { ticket } = this.#created ?? (await this.#ticket());
     this.#created = null;
     return ticket ? ["inference-trio", `ticket.${ticket}`] : [];
   }
 
+  #ticket() {
+    return this.#post(`sessions/${this.#id}/ticket`);
+  }
+
   async #create() {
-    this.#created = await this.#post("create_session", { tools: (this.#options.tools ?? []).map(declaration) });
-    this.#id = this.#created.session_id;
+    const created = await this.#post("create_session", { tools: (this.#options.tools ?? []).map(declaration) });
+    if (typeof created.session_id !== "string")
+      throw noServer(this.#url, "another one, which makes no sessions", false);
+    this.#created = created;
+    this.#id = created.session_id;
     this.#lastSeq = 0;
   }
 
@@ -467,19 +553,27 @@ export class Session {
         signal: AbortSignal.timeout(REQUEST_LIMIT),
       });
     } catch (cause) {
-      throw new InferenceError(`Cannot reach ${url.origin}`, "unreachable", {}, { cause });
+      throw noServer(this.#url, reasonOf(cause), true, {}, cause);
     }
     const answer = await response.json().catch(() => null);
     if (response.ok && answer) return answer;
-    throw refusalOf(response.status, answer?.error ?? {}, path !== "create_session");
+    throw refusalOf(this.#url, response.status, answer?.error ?? {}, path !== "create_session");
+  }
+
+  #socketClass() {
+    const WebSocket = this.#options.WebSocket ?? globalThis.WebSocket;
+    if (WebSocket) return WebSocket;
+    throw invalid(
+      "There is no WebSocket here: start Node 20 with --experimental-websocket, take Node 22 or newer, " +
+        "or give a class as the option `WebSocket`",
+    );
   }
 
   /** Serves one connection. Returns when it is gone. @param {string[]} protocols @returns {Promise<void>} */
   #converse(protocols) {
     const url = new URL(`ws/${this.#id}?after=${this.#lastSeq}`, this.#url);
     url.protocol = url.protocol.replace("http", "ws");
-    const WebSocket = this.#options.WebSocket ?? globalThis.WebSocket;
-    if (!WebSocket) throw new InferenceError("No WebSocket here: give a class as the option `WebSocket`", "refused");
+    const WebSocket = this.#socketClass();
     return new Promise((resolve) => {
       /** @type {WebSocketLike} */
       const socket = new WebSocket(url.href, protocols);
@@ -635,6 +729,7 @@ export class Session {
     if (asked && gap) this.#lose(asked, "Whether it ran is among what the server no longer keeps");
     else if (asked) asked.asked = false;
     if (asked?.cancelled) this.#dismiss(asked);
+    for (const id of active.keys()) if (!this.#tasks.has(id)) this.#call("cancel", { task_id: id });
     this.#ask();
   }
 
@@ -705,6 +800,7 @@ export class Session {
     const [task] = this.#queue;
     if (!this.#isReady || !task || task.asked) return;
     task.asked = true;
+    task.since = this.#lastSeq;
     this.#call(
       "generate",
       task.params,
@@ -745,12 +841,20 @@ export class Session {
     const fail = (/** @type {string} */ message) => answer(failure(message));
     task.emit({ type: "toolCall", id, name, arguments: parameters, timeout, respond, fail });
     const tool = task.tools.find((one) => one.name === name);
-    if (!tool?.run) return;
+    if (!tool?.run || !this.#isOutstanding(task, id)) return;
     try {
       respond(await tool.run(parameters, { id, signal: task.ending.signal }));
     } catch (error) {
       fail(error instanceof Error ? error.message : String(error));
     }
+  }
+
+  /** Whether the server waits for the call: not if it is repeated after it was answered. @param {Task} task */
+  #isOutstanding(task, /** @type {string} */ id) {
+    if (!this.#replay) return true;
+    return this.#replay.tasks.some((/** @type {any} */ status) => {
+      return status.task_id === task.id && status.outstanding.includes(id);
+    });
   }
 
   /**
@@ -857,12 +961,50 @@ function copy(error) {
   return new InferenceError(error.message, error.code, { ...error.data }, { cause: error });
 }
 
-/** @param {number} status of an HTTP answer @param {any} error in its body @param {boolean} isOfSession */
-function refusalOf(status, error, isOfSession) {
-  const message = error.message ?? `The server answers with the HTTP status ${status}`;
+/** @param {string} message */
+function invalid(message) {
+  return new InferenceError(message, "invalid");
+}
+
+/** The server's address, to which paths are added. @param {string | URL} url @returns {URL} */
+function base(url) {
+  const absolute = URL.canParse(url, globalThis.location?.href) ? new URL(url, globalThis.location?.href) : null;
+  const scheme = SCHEMES[absolute?.protocol ?? ""];
+  if (!absolute || !scheme) throw invalid(`Expected a URL like http://127.0.0.1:8000, got ${url || "nothing"}`);
+  absolute.protocol = scheme;
+  return absolute.pathname.endsWith("/") ? absolute : new URL(`${absolute.pathname}/`, absolute);
+}
+
+/**
+ * @param {URL} url
+ * @param {string} found there
+ * @param {boolean} retryable
+ * @param {JsonObject} [data]
+ * @param {unknown} [cause]
+ */
+function noServer(url, found, retryable, data = {}, cause) {
+  const message = `There is no inference server at ${url}: ${found}`;
+  return new InferenceError(message, "unreachable", { ...data, retryable }, { cause });
+}
+
+/** Why nothing was reached: Node says it further down. @param {any} cause */
+function reasonOf({ message, cause }) {
+  return cause?.message || cause?.code || message;
+}
+
+/**
+ * @param {URL} url
+ * @param {number} status of an HTTP answer
+ * @param {any} error in its body
+ * @param {boolean} isOfSession
+ */
+function refusalOf(url, status, error, isOfSession) {
   const data = { ...error.data, status };
+  const message = error.message ?? `The server answers with the HTTP status ${status}`;
   if (status === 401) return new InferenceError(message, "unauthorized", data);
   if (status === 404 && isOfSession) return new InferenceError(message, "session_gone", data);
-  const isOfProxy = error.code === undefined && [502, 503, 504].includes(status);
-  return new InferenceError(message, isOfProxy ? "unreachable" : (error.code ?? "refused"), data);
+  if (error.code === undefined || status === 404 || status === 405) {
+    return noServer(url, `what is there answers with the HTTP status ${status}`, OF_A_PROXY.includes(status), data);
+  }
+  return new InferenceError(message, error.code, data);
 }
