@@ -122,16 +122,21 @@ class Server:
     @asynccontextmanager
     async def connect(self, session_id: str, query: str = "", **headers: str) -> AsyncIterator[Client]:
         url = f"{self.url.replace('http', 'ws')}/ws/{session_id}{query}"
-        async with trio_websocket.open_websocket_url(
-            url,
-            extra_headers=[(name.encode(), value.encode()) for name, value in headers.items()],
-            max_message_size=2**26,
-        ) as socket:
-            try:
-                yield Client(socket, session_id)
-            finally:
-                if socket.closed:  # by the server, in which case trio-websocket may leave its end open
-                    await trio.aclose_forcefully(socket._stream)
+        try:
+            async with trio_websocket.open_websocket_url(
+                url,
+                extra_headers=[(name.encode(), value.encode()) for name, value in headers.items()],
+                max_message_size=2**26,
+            ) as socket:
+                try:
+                    yield Client(socket, session_id)
+                finally:
+                    if socket.closed:  # by the server, in which case trio-websocket may leave its end open
+                        await trio.aclose_forcefully(socket._stream)
+        except trio.Cancelled:
+            # Where a ping crosses our close, trio-websocket's reader fails, and out comes the Cancelled of its own
+            # nursery, which would end the nursery around us in silence. One that is really meant for us comes again.
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     @asynccontextmanager
     async def client(self, **body: Any) -> AsyncIterator[Client]:

@@ -13,6 +13,7 @@ import attrs
 import httpx2
 import trio
 from trio_websocket import ConnectionRejected, WebSocketConnection, wrap_client_stream
+from wsproto.utilities import LocalProtocolError
 
 from .errors import InferenceError, UnreachableError, from_status
 from .events import JsonObject
@@ -68,6 +69,8 @@ class Transport:
                     nursery.cancel_scope.cancel()
         except* (ConnectionRejected, UnreachableError) as group:
             failures.extend(group.exceptions)
+        except* LocalProtocolError:
+            pass  # a ping has crossed our close, and trio-websocket's reader has tried to answer it
         finally:
             await trio.aclose_forcefully(line)
         for failure in failures:
