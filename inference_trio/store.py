@@ -33,6 +33,9 @@ SERVICE_RESTART = 1012
 CLOSING_TIME = 0.5
 """Seconds that cancelled tasks and closing connections are waited for when the server stops."""
 
+_EXPIRY_INTERVAL = 1.0
+"""Seconds at the least between two looks for expired sessions."""
+
 _SESSION_BYTES = 4096
 """What a session without tools or notifications takes."""
 
@@ -142,6 +145,15 @@ class SessionStore:
         while self.budget.is_exceeded and self._replayable:
             _, session = self._replayable.popitem(last=False)
             session.outbox.shrink()
+
+    async def watch_expiry(self) -> None:
+        """Ends sessions as they expire, also where nobody asks for any; for ever."""
+        ttl = self.settings.session_ttl
+        while True:
+            oldest = next(iter(self._idle.values()), None)
+            expires = (oldest.last_used if oldest else trio.current_time()) + ttl
+            await trio.sleep_until(max(expires, trio.current_time() + _EXPIRY_INTERVAL))
+            self._end_expired()
 
     def _end_expired(self) -> None:
         expired = trio.current_time() - self.settings.session_ttl

@@ -68,7 +68,11 @@ def check_store(settings: Settings) -> None:
 async def _in_memory(
     settings: Settings, model: Model, nursery: trio.Nursery, observers: Sequence[Observer]
 ) -> AsyncIterator[Store]:
-    yield SessionStore(settings, model, nursery, observers)
+    store = SessionStore(settings, model, nursery, observers)
+    async with trio.open_nursery() as own_nursery:
+        own_nursery.start_soon(store.watch_expiry)
+        yield store
+        own_nursery.cancel_scope.cancel()
 
 
 def _redis() -> Any:

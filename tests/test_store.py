@@ -52,6 +52,21 @@ async def test_what_is_held_is_counted_and_given_back(autojump_clock: Any) -> No
         assert (it.store.budget.used, it.owner.sessions, it.owner.running) == (0, 0, 0)
 
 
+async def test_sessions_end_when_they_expire_though_nobody_asks_for_any(autojump_clock: Any) -> None:
+    async with bench(long_answer(8), session_ttl=10) as it, trio.open_nursery() as nursery:
+        nursery.start_soon(it.store.watch_expiry)
+        await trio.sleep(3)
+        first, second = it.create(), it.create()
+        await trio.sleep(5)
+        await generated(it, second)
+        await trio.sleep(6)
+        assert await it.store.get(second.id)
+        assert len(it.store) == 1, f"{first} was not used for longer than it may be"
+        await trio.sleep(12)
+        assert (len(it.store), it.store.budget.used) == (0, 0)
+        nursery.cancel_scope.cancel()
+
+
 async def test_the_messages_of_a_task_are_held_until_it_ends() -> None:
     async with bench([hang]) as it:
         session = it.create()
