@@ -4,12 +4,15 @@ The first argument has limits in place of the defaults of `ServerLimits`. It may
 `process.GRACE`, ``body_timeout``, in place of Quart's, ``files``, the most that may be open, and ``stuck``: then the
 model is one whose threads react to nothing. ``serve`` is ours, anything else is for Hypercorn's command.
 
-On SIGUSR1 the process writes how many Trio tasks it has, a line on standard output. Idle threads end at once: Trio
-would keep them for ten seconds, and a test could not tell them from those that were left behind.
+On SIGUSR1 the process writes how many Trio tasks it has, a line on standard output; on SIGUSR2 how many blocks of
+memory Python has in use, once it has collected its garbage and given back to the system what is free. Idle threads
+end at once: Trio would keep them for ten seconds, and a test could not tell them from those that were left behind.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -33,6 +36,12 @@ def report_tasks(*_: object) -> None:
     os.write(1, f"{trio.lowlevel.current_statistics().tasks_living}\n".encode())
 
 
+def report_memory(*_: object) -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    os.write(1, f"{sys.getallocatedblocks()}\n".encode())
+
+
 class StuckModel:
     async def stream(self, *_: object) -> None:
         await trio.to_thread.run_sync(threading.Event().wait)
@@ -52,4 +61,5 @@ trio._core._thread_cache.IDLE_TIMEOUT = 0.01
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, report_tasks)
+    signal.signal(signal.SIGUSR2, report_memory)
     sys.exit(ours.main(arguments) if arguments[0] == "serve" else hypercorn.__main__.main(arguments))

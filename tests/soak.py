@@ -45,6 +45,9 @@ VARIABLES = {
 RATE = 12.0
 """Visits begun a second, all sessions together: what two cores carry with room to spare."""
 LONGEST_VISIT = 120.0
+IN_USE = ("inference_tasks{", "inference_sessions")
+BLOCKS_LEARNT, BLOCKS_PER_TASK = 20_000, 5
+"""What the server may keep in memory: what it loads late and remembers, and per task less than the least of them."""
 LONG = [("text_chunk", "x" * 10_000)] * 300
 
 
@@ -82,6 +85,42 @@ class Tally:
         for key, times in asked.items() if expected is None else expected.items():
             if asked.get(key, 0) > times:
                 self.doubled.append(f"{what}: {key} was asked for {asked[key]} times, not {times}")
+
+
+@attrs.frozen
+class Memory:
+    """Blocks are those of Python's objects; what is free was given back before they were counted."""
+
+    resident: int
+    blocks: int
+
+    @classmethod
+    def of(cls, process: ServerProcess) -> Memory:
+        blocks = process.blocks()
+        return cls(process.holdings().resident, blocks)
+
+    def __str__(self) -> str:
+        return f"{self.resident / MEGABYTE:.1f} MB, {self.blocks:,} blocks"
+
+
+@attrs.frozen
+class Outcome:
+    """What came of it, and what the process held: without a task and a session before and after, in use between."""
+
+    tally: Tally
+    before: Holdings
+    after: Holdings
+    memory: tuple[Memory, Memory, Memory]
+    """At the start, at half time, and at the end."""
+
+    @property
+    def kept(self) -> int:
+        """Blocks of memory that are in use at the end and were not at the start."""
+        return self.memory[-1].blocks - self.memory[0].blocks
+
+    @property
+    def may_keep(self) -> int:
+        return BLOCKS_LEARNT + BLOCKS_PER_TASK * self.tally.started
 
 
 @attrs.define(eq=False)
@@ -271,28 +310,38 @@ def leaves_of(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 # The whole
 
 
-async def run(
-    process: ServerProcess, port: int, minutes: float, sessions: int, seed: int
-) -> tuple[Tally, Holdings, Holdings]:
-    """``port`` is the upstream's. What came of it, and what the process held before and after."""
+async def run(process: ServerProcess, port: int, minutes: float, sessions: int, seed: int) -> Outcome:
+    """``port`` is the upstream's."""
     tally, script = Tally(), Script()
     async with open_upstream(script.answer, port=port):
         await warm_up(process, script, tally)
-        before = await at_rest(process)
-        async with httpx2.AsyncClient(base_url=process.url, timeout=PATIENCE, verify=False) as http:
-            soak = Soak(as_server(process, http), script, tally)
-            until = trio.current_time() + minutes * 60
-            async with trio.open_nursery() as nursery:
-                for number in range(sessions):
-                    own = random.Random(f"{seed} {number}")
-                    nursery.start_soon(visit_on, soak, own, sessions, until)
-            if trio.current_time() < until:
-                tally.wrong.append("the visits ended before their time: what is counted here is not all there was")
         await settle(process, tally)
+        before, at_start = await at_rest(process), Memory.of(process)
+        half_time = await visit_all(process, script, tally, minutes * 60, sessions, seed)
     async with open_upstream(script.answer, port=port):  # so the server keeps no connection to the one before
         await warm_up(process, script, tally)
+        await settle(process, tally)
         after = await process.wait_for(before.covers, f"left behind, with {before} before")
-    return tally, before, after
+        return Outcome(tally, before, after, (at_start, half_time, Memory.of(process)))
+
+
+async def visit_all(
+    process: ServerProcess, script: Script, tally: Tally, seconds: float, sessions: int, seed: int
+) -> Memory:
+    """Returns the memory at half time."""
+    until = trio.current_time() + seconds
+    async with httpx2.AsyncClient(base_url=process.url, timeout=PATIENCE, verify=False) as http:
+        soak = Soak(as_server(process, http), script, tally)
+        async with trio.open_nursery() as nursery:
+            for number in range(sessions):
+                own = random.Random(f"{seed} {number}")
+                nursery.start_soon(visit_on, soak, own, sessions, until)
+            await trio.sleep(seconds / 2)
+            half_time = Memory.of(process)
+        if trio.current_time() < until:
+            tally.wrong.append("the visits ended before their time: what is counted here is not all there was")
+    await settle(process, tally)
+    return half_time
 
 
 async def warm_up(process: ServerProcess, script: Script, tally: Tally) -> None:
@@ -315,11 +364,11 @@ async def at_rest(process: ServerProcess) -> Holdings:
 
 
 async def settle(process: ServerProcess, tally: Tally) -> None:
-    """Waits until no task runs; then as many must have ended as were started."""
+    """Waits until no task runs and no session is kept; then as many tasks must have ended as were started."""
     headers = {"Connection": "close"}
     async with httpx2.AsyncClient(base_url=process.url, timeout=PATIENCE, verify=False, headers=headers) as http:
         with trio.move_on_after(LONGEST_VISIT):
-            while metric(text := (await http.get("/metrics")).text, "inference_tasks{"):  # noqa: ASYNC110
+            while any(map(partial(metric, text := (await http.get("/metrics")).text), IN_USE)):  # noqa: ASYNC110
                 await trio.sleep(0.5)
     ended = metric(text, "inference_tasks_ended_total")
     if ended != tally.started:
@@ -331,18 +380,20 @@ def metric(text: str, name: str) -> int:
     return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith(name))
 
 
-def report(tally: Tally, before: Holdings, after: Holdings) -> bool:
+def report(outcome: Outcome) -> bool:
     """Prints it, and returns whether all is well."""
+    tally, before, after = outcome.tally, outcome.before, outcome.after
     print(f"visits        {dict(tally.visits)}")
     print(f"tasks started {tally.started}, left by their client {tally.left}, with an announced gap {tally.gaps}")
     print(f"ended         {dict(sorted(tally.ended.items()))}")
     print(f"lost {len(tally.lost)}, doubled {len(tally.doubled)}, otherwise wrong {len(tally.wrong)}")
     for name in ("threads", "tasks", "descriptors"):
         print(f"{name:13} {getattr(before, name)} at the start, {getattr(after, name)} at the end")
-    print(
-        f"memory        {before.resident / MEGABYTE:.1f} MB at the start, {after.resident / MEGABYTE:.1f} MB at the end"
-    )
+    start, half_time, end = outcome.memory
+    print(f"memory        {start} at the start; {half_time} at half time; {end} at the end")
     failures = [*tally.lost, *tally.doubled, *tally.wrong]
+    if outcome.kept > outcome.may_keep:
+        failures.append(f"memory: {outcome.kept:,} more blocks are in use, at most {outcome.may_keep:,} were expected")
     for line in failures[:20]:
         print(f"  {line}")
     return not failures and before.covers(after)
@@ -356,7 +407,7 @@ def soak(
     with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
         url = f"http://127.0.0.1:{port}/v1"
         with server_process(Path(folder), url, LIMITS, command, **VARIABLES, **(variables or {})) as process:
-            return report(*trio.run(run, process, port, minutes, sessions, seed))
+            return report(trio.run(run, process, port, minutes, sessions, seed))
 
 
 def main() -> None:
