@@ -12,6 +12,7 @@ from quart_trio import QuartTrio
 
 from .errors import ConfigurationError
 from .logs import configure_logging
+from .process import keep_what_is_loaded
 from .settings import Settings
 
 
@@ -21,10 +22,12 @@ def _compose() -> QuartTrio:
         configure_logging(settings)
         from .server import create_app  # after the settings: importing LangChain takes two seconds
 
-        return create_app(settings)
+        app = create_app(settings)
     except ConfigurationError as error:
         print(f"inference_trio: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
+    keep_what_is_loaded()
+    return app
 
 
 app = _compose()

@@ -19,7 +19,6 @@ from langchain_core.callbacks import CallbackManager
 from langchain_core.messages import AIMessageChunk
 from langchain_core.outputs import ChatGenerationChunk
 from langchain_openai import ChatOpenAI
-from openai.resources.chat import Completions
 from pydantic import SecretStr
 
 from .bridge import TrioTransport, reads_of
@@ -47,21 +46,22 @@ _NOTHING_YET = ChatGenerationChunk(message=AIMessageChunk(content=""))
 class CompletionsClient:
     """Stands in for OpenAI's ``client.chat.completions``: the same requests, but plain dicts for chunks."""
 
-    _completions: Completions
+    _client: openai.OpenAI
 
     @contextlib.contextmanager
-    def create(
-        self, *, model: str, extra_body: JsonObject | None = None, **body: Any
-    ) -> Iterator[Iterator[JsonObject]]:
-        # The client looks through every message and tool for names to change, at 0.1 ms each. What is extra it sends
-        # as it is, in place of what else it was given.
-        request = self._completions.with_streaming_response.create(
-            model=model, messages=[], stream=True, extra_body=body | (extra_body or {})
+    def create(self, *, extra_body: JsonObject | None = None, **body: Any) -> Iterator[Iterator[JsonObject]]:
+        # The client's own method looks through every message, tool and parameter for names to change, which takes
+        # longer than all the rest of a request. What is posted goes as it is.
+        response = self._client.post(
+            "/chat/completions",
+            cast_to=httpx2.Response,
+            body=body | {"stream": True} | (extra_body or {}),
+            stream=True,
+            stream_cls=openai.Stream[Any],
         )
-        with request as response:
+        with contextlib.closing(response):
             # Whoever observes it would be told of nothing, and may block.
-            reads = response.iter_bytes() if _is_observed() else reads_of(response.http_response)
-            yield read_chunks(reads)
+            yield read_chunks(response.iter_bytes() if _is_observed() else reads_of(response))
 
 
 class CompatibleChatOpenAI(ChatOpenAI):
@@ -168,7 +168,7 @@ def _openai_client(settings: Settings, transport: httpx2.BaseTransport) -> opena
 
 def _chat_openai(settings: Settings, client: openai.OpenAI) -> CompatibleChatOpenAI:
     """Whatever is given explicitly here would otherwise come from the environment or the name of the model."""
-    completions = CompletionsClient(client.chat.completions)
+    completions = CompletionsClient(client)
     return CompatibleChatOpenAI(
         model=settings.model_name,
         temperature=None,

@@ -84,13 +84,13 @@ class Entry:
     note: TaskNotification
     size: int
     was_sent: bool = False
-    more: list[str] = attrs.field(factory=list)
+    more: list[str] | None = None  # a list for each would cost more than the text of a token
 
     def seal(self) -> None:
         self.was_sent = True
         if self.more and isinstance(self.note, TextChunk | ReasoningChunk):
             self.note = msgspec.structs.replace(self.note, chunk="".join((self.note.chunk, *self.more)))
-            self.more.clear()
+            self.more = None
 
 
 @attrs.frozen
@@ -145,6 +145,7 @@ class Outbox:
         added = _size_of(note)
         if newest and isinstance(note, TextChunk | ReasoningChunk) and _continues(newest, note):
             added -= _OVERHEAD
+            newest.more = newest.more or []
             newest.more.append(note.chunk)
             newest.size += added
         else:

@@ -13,7 +13,7 @@ from quart_trio import QuartTrio
 
 from .errors import ConfigurationError
 from .logs import configure_logging
-from .process import watch_signals
+from .process import keep_what_is_loaded, watch_signals
 from .settings import Settings
 
 USAGE_ERROR = 2
@@ -28,6 +28,7 @@ def run(host: str, port: int) -> int:
         from .server import create_app  # after the settings: importing LangChain takes two seconds
 
         app = create_app(settings)
+        keep_what_is_loaded()
     except ConfigurationError as error:
         print(f"inference-trio: {error}", file=sys.stderr)  # noqa: T201
         return USAGE_ERROR
