@@ -34,10 +34,10 @@ import trio
 
 T = TypeVar("T")
 
-END_OF_BODY_GRACE = 1.0
+END_OF_BODY_GRACE = 0.05
 """Seconds for a body to end once nobody wants more of it. ``[DONE]`` ends the answer, but only a connection whose body
-was read to its end can be used again, and the few bytes that end it may come a little later, on a busy machine above
-all."""
+was read to its end can be used again, and the few bytes that end it may come a little later. Until then the end of the
+answer is not told, hence so few. A server that is behind loses nothing: what has come is read before time is up."""
 
 CLOSE_TIMEOUT = 1.0
 """Seconds for closing a response, which a cancel does not cut short. HTTP/1.1 waits for nothing then."""

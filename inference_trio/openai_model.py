@@ -52,13 +52,14 @@ class CompletionsClient:
     def create(self, *, extra_body: JsonObject | None = None, **body: Any) -> Iterator[Iterator[JsonObject]]:
         # The client's own method looks through every message, tool and parameter for names to change, which takes
         # longer than all the rest of a request. What is posted goes as it is.
-        response = self._client.post(
+        answer: Any = self._client.post(
             "/chat/completions",
             cast_to=httpx2.Response,
             body=body | {"stream": True} | (extra_body or {}),
             stream=True,
             stream_cls=openai.Stream[Any],
         )
+        response: httpx2.Response = answer
         with contextlib.closing(response):
             # Whoever observes it would be told of nothing, and may block.
             yield read_chunks(response.iter_bytes() if _is_observed() else reads_of(response))

@@ -342,6 +342,19 @@ async def test_a_hundred_streams_share_one_transport_and_get_each_their_own(line
 # Back-pressure
 
 
+async def test_while_receive_waits_nothing_is_read_from_the_upstream(lines: Lines, limiter: Limiter) -> None:
+    transport, sink = ScriptedTransport(*[b"item\n"] * 10), Sink(gate=trio.Event())
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(stream_in_thread, lines(transport), sink, limiter=limiter))
+            await sink.entered.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            assert transport.bytes_read == len(b"item\n")
+            assert sink.gate is not None
+            sink.gate.set()
+    assert sink.items == ["item"] * 10
+
+
 # The end of a body
 
 
