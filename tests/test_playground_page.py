@@ -179,6 +179,43 @@ async def test_a_cut_line_resumes_where_it_was(browser: str) -> None:
         assert len(it.upstream.requests) == 1
 
 
+async def test_a_reload_in_the_midst_of_an_answer_goes_on(browser: str) -> None:
+    """What was answered is shown again, a call that was answered is not run again, and the conversation goes on."""
+    call = answers.calls(answers.tool_call(0, "c1", "calculate", {"expression": "1 + 1"}))
+    running = [answers.text("**Hel"), answers.pause("reloaded"), answers.reply("lo**")]
+    async with opened(browser, answers.reply("One"), call, running, HELLO) as it:
+        await it.answered("first")
+        await it.ask("second")
+        await it.page.wait_for_text("**Hel", ".turn:last-child .prose")
+        await it.page.open(it.server.url)
+        await it.page.wait_for_text("**Hel", ".turn:last-child .prose")
+        assert await it.page.text(".turn:first-child .prose") == "One"
+        assert "7 in, 3 out" in await it.page.text(".turn:first-child .meta")
+        assert await it.page.evaluate("document.querySelector('#welcome').hidden") is True
+        it.upstream.gate("reloaded").set()
+        await it.page.wait_for_text("completed", ".turn:last-child .meta")
+        assert await it.page.text(".turn:last-child strong") == "Hello"
+        assert '"value":2' in await it.page.text(".call .body")
+        assert await it.page.text(".call .state") == "answered"
+        await it.page.open(it.server.url)
+        await it.page.wait_for_text("Hello", ".turn:last-child .prose")
+        await it.answered("third")
+        contents = [message["content"] for message in it.upstream.requests[-1].messages if message["role"] == "user"]
+        assert contents == ["first", "second", "third"]
+        assert len(it.upstream.requests) == 4
+
+
+async def test_a_new_conversation_is_new_after_a_reload_too(browser: str) -> None:
+    async with opened(browser, HELLO) as it:
+        await it.answered("hi")
+        await it.page.click("#new")
+        await it.page.wait_for("document.querySelector('#line').dataset.status === 'open'")
+        await it.page.open(it.server.url)
+        await it.page.wait_for("document.querySelector('#line').dataset.status === 'open'")
+        assert await it.page.count(".turn") == 0
+        assert await it.page.evaluate("document.querySelector('#welcome').hidden") is False
+
+
 async def test_the_frames_are_those_on_the_wire(browser: str) -> None:
     async with opened(browser, HELLO) as it:
         await it.answered("hi")

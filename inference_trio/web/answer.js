@@ -4,11 +4,15 @@ import { copyButton, h, icon } from "./dom.js";
 import { StreamingMarkdown } from "./markdown.js";
 
 /**
- * @typedef {import("./client.js").Generation} Generation
+ * @typedef {Pick<import("./client.js").Generation, "text" | "taskId" | "result" | typeof Symbol.asyncIterator>} Generation
  * @typedef {import("./client.js").GenerationEvent} GenerationEvent
  * @typedef {import("./client.js").ToolCall} ToolCall
  * @typedef {import("./client.js").InferenceError} InferenceError
  * @typedef {import("./client.js").Result} Result
+ * @typedef {{ startedAt: number, firstAt: number | null, endedAt: number | null }} Times of the clock, in milliseconds
+ * @typedef {{ message: string, code: number | string, data: any }} Failure
+ * @typedef {{ taskId: string | null, times: Times, events: GenerationEvent[], failure: Failure | null }} Story What has
+ *   happened, so that it can be shown again
  */
 
 const HINTS = /** @type {{ [code: string]: string }} */ ({
@@ -22,11 +26,14 @@ export class Answer {
   /** The result, once there is one. @type {Result | null} */
   result = null;
   element;
+  /** @type {Story} */
+  #story = { taskId: null, times: { startedAt: Date.now(), firstAt: null, endedAt: null }, events: [], failure: null };
   #change;
   #icons;
-  #startedAt = performance.now();
-  /** @type {number | null} */
-  #firstAt = null;
+  #isRepeated = false;
+  #wasCut = false;
+  /** @type {Generation | null} */
+  #generation = null;
   /**
    * What is being written: prose or thoughts.
    * @type {{ type: string, append: (text: string) => void, close: () => void } | null}
@@ -52,10 +59,36 @@ export class Answer {
     );
   }
 
-  /** Shows the generation to its end. Never raises. @param {Generation} generation */
-  async follow(generation) {
+  /** @returns {Story} */
+  get story() {
+    return { ...this.#story, taskId: this.#generation?.taskId ?? null };
+  }
+
+  /** Shows again what was shown before. @param {Story} story */
+  async repeat({ taskId, times, events, failure }) {
+    const text = events.map((event) => (event.type === "text" ? event.text : "")).join("");
+    const result = /** @type {any} */ (events.find((event) => event.type === "end"));
+    const generation = (async function* () {
+      yield* events;
+      if (failure) throw failure;
+    })();
+    const parts = { taskId, text, result, [Symbol.asyncIterator]: () => generation };
+    await this.follow(/** @type {any} */ (parts), times);
+  }
+
+  /**
+   * Shows the generation to its end. Never raises.
+   * @param {Generation} generation @param {Times} [times] of one that was shown before
+   */
+  async follow(generation, times) {
+    this.#generation = generation;
+    this.#isRepeated = times !== undefined;
+    if (times) this.#story.times = times;
     try {
-      for await (const event of generation) this.#show(event);
+      for await (const event of generation) {
+        this.#note(event);
+        this.#show(event);
+      }
       this.result = await generation.result;
       if (this.#hasGap) this.#showWhole(this.result.text);
       this.#end(this.result.status, this.result.text, this.result.usage);
@@ -67,10 +100,18 @@ export class Answer {
     this.#change();
   }
 
+  /** Text is kept in one piece. @param {GenerationEvent} event */
+  #note(event) {
+    const { events } = this.#story;
+    const last = events.at(-1);
+    if ((event.type === "text" || event.type === "reasoning") && last?.type === event.type) last.text += event.text;
+    else events.push({ ...event });
+  }
+
   /** @param {GenerationEvent} event */
   #show(event) {
     if (event.type === "text" || event.type === "reasoning" || event.type === "toolCall") {
-      this.#firstAt ??= performance.now();
+      this.#story.times.firstAt ??= Date.now();
       this.#waiting.remove();
     }
     if (event.type === "text" || event.type === "reasoning") {
@@ -83,10 +124,14 @@ export class Answer {
       this.#calls.get(event.id)?.answered(event);
       this.#notice.before(this.#waiting);
     }
-    if (event.type === "disconnected") this.#notify("The line is cut", "bad");
+    if (event.type === "disconnected") {
+      this.#wasCut = true;
+      this.#notify("The line is cut", "bad");
+    }
     if (event.type === "resumed") {
       this.#hasGap ||= event.gap;
       if (event.gap) this.#notify("The line was cut. What is missing comes with the end", "bad");
+      else if (!this.#wasCut) this.#notify("The page was loaded anew, and the answer went on: nothing lost", "good");
       else this.#notify("The line was cut, and resumed where it was: nothing lost, nothing twice", "good");
     }
     this.#change();
@@ -143,7 +188,7 @@ export class Answer {
       type: "reasoning",
       append: (/** @type {string} */ text) => thoughts.append(text),
       close: () => {
-        title.textContent = `Reasoning, ${seconds(performance.now() - since)}`;
+        title.textContent = this.#isRepeated ? "Reasoning" : `Reasoning, ${seconds(performance.now() - since)}`;
       },
     };
   }
@@ -167,18 +212,20 @@ export class Answer {
   #end(status, text, usage) {
     this.#close();
     this.#waiting.remove();
-    for (const call of this.#calls.values()) call.ended();
-    const now = performance.now();
+    for (const [id, call] of this.#calls) call.ended(resultIn(this.result, id));
+    const { times } = this.#story;
+    times.endedAt ??= Date.now();
+    const [startedAt, now, firstAt] = [times.startedAt, times.endedAt, times.firstAt];
     const words = [h("span", { class: "status", "data-status": status }, status.replace("_", " "))];
-    if (this.#firstAt !== null) words.push(h("span", {}, `first token ${seconds(this.#firstAt - this.#startedAt)}`));
+    if (firstAt !== null) words.push(h("span", {}, `first token ${seconds(firstAt - startedAt)}`));
     if (usage) {
       words.push(
         h("span", { title: "tokens read and written" }, `${usage.input_tokens} in, ${usage.output_tokens} out`),
       );
-      const rate = usage.output_tokens / ((now - (this.#firstAt ?? now)) / 1_000);
+      const rate = usage.output_tokens / ((now - (firstAt ?? now)) / 1_000);
       if (Number.isFinite(rate) && usage.output_tokens > 5) words.push(h("span", {}, `${rate.toFixed(0)} tokens/s`));
     }
-    words.push(h("span", {}, `${seconds(now - this.#startedAt)} in all`));
+    words.push(h("span", {}, `${seconds(now - startedAt)} in all`));
     if (text)
       words.push(
         h(
@@ -192,6 +239,7 @@ export class Answer {
 
   /** @param {InferenceError} error @param {string} text */
   #fail(error, text) {
+    this.#story.failure = { message: error.message, code: error.code, data: error.data };
     this.#close();
     this.#waiting.remove();
     const code = h("code", {}, `${error.code ?? error.name}`);
@@ -243,9 +291,10 @@ class Call {
     this.#set(error === undefined ? "done" : "failed", error === undefined ? "answered" : "failed");
   }
 
-  /** The generation has ended. */
-  ended() {
+  /** The generation has ended. @param {unknown} result of a call that was answered before the page was loaded anew */
+  ended(result) {
     if (this.element.dataset.state === "done" || this.element.dataset.state === "failed") return;
+    if (result !== undefined) return this.answered({ result });
     this.#byHand?.remove();
     this.#set("failed", "not answered");
   }
@@ -280,6 +329,11 @@ class Call {
       ),
     );
   }
+}
+
+/** What the model was told of a call. @param {Result | null} result @param {string} id */
+function resultIn(result, id) {
+  return result?.messages.find(({ role, tool_call_id: of }) => role === "tool" && of === id)?.content;
 }
 
 /** @param {string} text */

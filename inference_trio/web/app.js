@@ -1,7 +1,7 @@
 /** The playground. It uses the server through `client.js` alone, as any page could. */
 
 import { Answer } from "./answer.js";
-import { createSession, InferenceError } from "./client.js";
+import { createSession, InferenceError, resumeSession } from "./client.js";
 import { $, h, icon } from "./dom.js";
 import { Frames } from "./frames.js";
 import { Line } from "./line.js";
@@ -12,8 +12,13 @@ import { welcome } from "./welcome.js";
 /**
  * @typedef {import("./client.js").Generation} Generation
  * @typedef {import("./client.js").Session} Session
+ * @typedef {import("./answer.js").Story} Story
  * @typedef {{ text: string, answers: Answer[], kept: number }} Turn
+ * @typedef {{ session: import("./client.js").State, turns: { text: string, kept: number, stories: Story[] }[] }} Kept
  */
+
+const KEPT = "conversation";
+const ICONS = new Map(DEMOS.map((demo) => [demo.tool.name, demo.icon]));
 
 const CUT_SECONDS = 3;
 const STATUS = {
@@ -42,16 +47,19 @@ const running = new Set();
 /** Tools that are offered, by the ids of their chips. */
 const offered = new Set(about.provider === "local" ? [] : DEMOS.map((demo) => demo.id));
 let followsEnd = true;
+/** The conversation from before the page was loaded anew. */
+let before = takeKept();
 
 // The session
 
 async function connect() {
+  const options = { token: token || undefined, WebSocket: line.WebSocket, onStatus: showStatus };
   try {
-    session = await createSession(".", {
-      token: token || undefined,
-      WebSocket: line.WebSocket,
-      onStatus: (status) => showStatus(status),
-    });
+    session = before
+      ? await resumeSession(".", before.session, { ...options, tools: DEMOS.map((demo) => demo.tool) })
+      : await createSession(".", options);
+    for (const turn of before?.turns ?? []) showAgain(turn, session.resumed);
+    before = null;
   } catch (error) {
     if (error instanceof InferenceError && error.code === "unauthorized") {
       token = "";
@@ -60,6 +68,36 @@ async function connect() {
     showStatus("idle");
     $("turns").append(h("p", { class: "failure", role: "alert" }, error instanceof Error ? error.message : `${error}`));
   }
+}
+
+/** Keeps the conversation while the page is loaded anew. The token is not kept. */
+function keep() {
+  if (!session) return;
+  const stories = (/** @type {Turn} */ { answers }) => answers.map(({ story }) => story);
+  const all = turns.map((turn) => ({ text: turn.text, kept: turn.kept, stories: stories(turn) }));
+  try {
+    sessionStorage.setItem(KEPT, JSON.stringify({ session: session.state, turns: all }));
+  } catch {
+    sessionStorage.removeItem(KEPT); // it is too long to be kept
+  }
+}
+
+/** @returns {Kept | null} */
+function takeKept() {
+  return JSON.parse(sessionStorage.getItem(KEPT) ?? "null");
+}
+
+/** @param {Kept["turns"][0]} turn @param {Generation[]} resumed */
+function showAgain({ text, kept, stories }, resumed) {
+  const turn = { text, kept, answers: stories.map(() => new Answer(followEnd, iconOf)) };
+  stories.forEach((story, index) => {
+    const generation = resumed.find(({ taskId }) => taskId !== null && taskId === story.taskId);
+    const lost = { message: "The page was left before the server had the question", code: "lost", data: {} };
+    if (story.times.endedAt !== null) turn.answers[index].repeat(story);
+    else if (generation) follow(turn.answers[index], generation, story.times);
+    else turn.answers[index].repeat({ ...story, failure: lost });
+  });
+  add(turn);
 }
 
 /** @param {keyof typeof STATUS} status */
@@ -96,15 +134,24 @@ function ask(text, wanted = {}) {
   const tools = toolsOf(wanted.tools ? new Set(wanted.tools) : offered);
   if (!tools) return openPanel("parameters", true);
   const options = { ...parameters.given(), ...wanted.given, history: [...(wanted.before ?? []), ...history()], tools };
-  const names = new Map(DEMOS.map((demo) => [demo.tool.name, demo.icon]));
   /** @type {Turn} */
   const turn = { text, answers: [], kept: 0 };
   for (let number = 0; number < (wanted.answers ?? parameters.answers); number++) {
-    const answer = new Answer(followEnd, (name) => names.get(name) ?? "hand");
+    const answer = new Answer(followEnd, iconOf);
     const seed = options.seed === undefined ? {} : { seed: options.seed + number };
     turn.answers.push(answer);
     follow(answer, session.generate(text, { ...options, ...seed }));
   }
+  add(turn);
+}
+
+/** @param {string} name */
+function iconOf(name) {
+  return ICONS.get(name) ?? "hand";
+}
+
+/** @param {Turn} turn */
+function add(turn) {
   turns.push(turn);
   $("turns").append(turnElement(turn));
   $("welcome").hidden = true;
@@ -112,12 +159,12 @@ function ask(text, wanted = {}) {
   followEnd();
 }
 
-/** @param {Answer} answer @param {Generation} generation */
-async function follow(answer, generation) {
+/** @param {Answer} answer @param {Generation} generation @param {import("./answer.js").Times} [times] */
+async function follow(answer, generation, times) {
   running.add(generation);
   showRunning();
   speak("Answering");
-  await answer.follow(generation);
+  await answer.follow(generation, times);
   running.delete(generation);
   showRunning();
   speak(answer.result ? `Answer ${answer.result.status}: ${answer.result.text.slice(0, 600)}` : "The answer failed");
@@ -150,7 +197,7 @@ function turnElement(turn) {
   const several = turn.answers.length > 1;
   const answers = h("div", { class: several ? "answers several" : "answers" });
   turn.answers.forEach((answer, index) => {
-    if (several) answer.element.prepend(keep(turn, index));
+    if (several) answer.element.prepend(choice(turn, index));
     answers.append(answer.element);
   });
   return h(
@@ -162,7 +209,7 @@ function turnElement(turn) {
 }
 
 /** @param {Turn} turn @param {number} index */
-function keep(turn, index) {
+function choice(turn, index) {
   const name = `kept-${turns.length}`;
   const change = () => {
     turn.kept = index;
@@ -170,7 +217,7 @@ function keep(turn, index) {
   return h(
     "label",
     { class: "keep" },
-    h("input", { type: "radio", name, checked: index === 0, change }),
+    h("input", { type: "radio", name, checked: index === turn.kept, change }),
     "Go on from this one",
   );
 }
@@ -238,6 +285,8 @@ async function cut() {
 function startAnew() {
   session?.close();
   session = null;
+  before = null;
+  sessionStorage.removeItem(KEPT);
   turns = [];
   $("turns").replaceChildren();
   $("welcome").hidden = false;
@@ -284,6 +333,7 @@ $("latest").addEventListener("click", () => {
 });
 $("stop").addEventListener("click", stop);
 $("cut").addEventListener("click", cut);
+addEventListener("pagehide", keep);
 $("new").addEventListener("click", startAnew);
 $("clear-frames").addEventListener("click", () => frames.clear());
 for (const id of ["parameters", "frames"]) {
