@@ -140,7 +140,8 @@ class Chat:
     def converse(self) -> int:
         """Asks for lines until there are no more."""
         with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # gives `input` its keys
+            keys = importlib.import_module("readline")  # of `input`
+            keys.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
         while True:
             try:
                 message = self._read_line()

@@ -22,6 +22,8 @@ from tests.test_main import environment
 
 CHAT = [sys.executable, "-W", "error", "-m", "inference_trio", "chat"]
 CONTROL_C, CONTROL_D = "\x03", "\x04"
+READY = "\x1b[?2004h"
+"""The terminal is asked to mark what is pasted: keys are read from now on."""
 ROOT = Path(__file__).parent.parent
 
 

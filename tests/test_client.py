@@ -320,7 +320,7 @@ async def test_another_server_at_the_url_is_told_with_what_was_found(head: str, 
             with pytest.raises(DefectError) as told:
                 async with connect(url):
                     pass
-            assert str(told.value) == f"No inference server at {url}/: {found}"
+            assert (told.value.message, told.value.code) == (f"No inference server at {url}/: {found}", "defect")
 
 
 async def test_a_wrong_path_of_the_server_is_told() -> None:

@@ -258,12 +258,13 @@ async def test_a_generator_gives_a_list_and_runs_in_the_thread() -> None:
 
 async def test_of_a_group_of_exceptions_the_model_is_told_what_is_in_it() -> None:
     async def look(at: str) -> None:
-        raise ExceptionGroup("of a nursery", [LookupError("no sea"), ExceptionGroup("inner", [KeyError("x")])])
+        raise ExceptionGroup(
+            "of a nursery", [LookupError("no sea"), ExceptionGroup("inner", [KeyError("x"), OSError()])]
+        )
 
     async with calling(look, {"at": "sea"}) as (_, task):
-        assert [event async for event in task][1] == ToolResult(
-            "c1", "look", error="LookupError: no sea; KeyError: 'x'"
-        )
+        events = [event async for event in task]
+        assert events[1] == ToolResult("c1", "look", error="LookupError: no sea; KeyError: 'x'; OSError")
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])

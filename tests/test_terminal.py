@@ -21,7 +21,7 @@ from inference_trio.variables import Secret
 from tests import answers
 from tests.client_bench import CALL, HANGS, HELLO
 from tests.harness import PATIENCE, Server, open_server, settings
-from tests.terminal import CONTROL_C, CONTROL_D, chat, open_pipes, open_terminal
+from tests.terminal import CONTROL_C, CONTROL_D, READY, chat, open_pipes, open_terminal
 from tests.test_local_model import needs_model
 from tests.upstream import Upstream, open_upstream
 
@@ -142,10 +142,20 @@ async def test_what_a_model_writes_cannot_steer_the_terminal(folder: Path) -> No
         assert "\x1b]0;" not in screen.seen
 
 
+async def test_lines_that_are_pasted_are_one_message(folder: Path) -> None:
+    async with serving(HELLO) as it, open_terminal(it.url, folder=folder) as screen:
+        await screen.until(READY)
+        screen.press("\x1b[200~one\ntwo\x1b[201~\n")
+        await screen.until("Hello")
+        assert it.upstream.requests[0].messages[-1]["content"] == "one\ntwo"
+
+
 async def test_as_json_on_a_terminal_the_prompts_are_not_in_the_output(folder: Path) -> None:
     async with serving(HELLO) as it, open_terminal(it.url, "--json", folder=folder, errors="prompts") as screen:
+        await screen.until(READY)
         screen.press("one\n")
         await screen.until('"type": "end"')
+        await screen.until(READY)
         screen.press(CONTROL_D)
         assert await screen.process.wait() == 0
         assert "> " not in screen.seen

@@ -133,7 +133,7 @@ class OverloadedError(InferenceError):
 class DefectError(InferenceError):
     """The server has a defect, or what answers at the URL is no such server."""
 
-    codes = (-32603, "defect")
+    codes = ("defect", -32603)
 
 
 class ConnectionLostError(InferenceError):
@@ -220,6 +220,12 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
         return
     for each in error.exceptions:
         yield from leaves(each)
+
+
+def described(error: BaseException) -> str:
+    """What was raised, for the model."""
+    said = ((type(leaf).__name__, str(leaf)) for leaf in leaves(error))
+    return "; ".join(": ".join(filter(None, words)) for words in said)
 
 
 def out_of_group(error: BaseException) -> BaseException:

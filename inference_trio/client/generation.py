@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from .conversation import Conversation
-from .errors import ArgumentsError, leaves
+from .errors import ArgumentsError, described
 from .events import Event, Result, ToolCall
 from .task import Task
 from .tools import Tool, ToolFunction
@@ -158,5 +158,5 @@ class Generation:
                 await call.fail(str(error))
             except Exception as error:
                 logger.info("The tool %s has failed", call.name, exc_info=True)
-                await call.fail("; ".join(f"{type(leaf).__name__}: {leaf}" for leaf in leaves(error)))
+                await call.fail(described(error))
         self._scopes.discard(scope)
