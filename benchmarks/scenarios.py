@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks import clients, load, servers
+from benchmarks import clients, load, servers, workers
 from benchmarks.load import Outcome, percentile
 from benchmarks.plan import Plan
 from benchmarks.servers import FLOOR, LITELLM, OURS, SERVER_CORES, USUAL, Kind, Server
@@ -232,6 +232,24 @@ def _import_seconds(module: str) -> float:
     return statistics.median(once() for _ in range(3))
 
 
+async def workers_at_once(bench: Bench) -> Row:
+    return await _workers(bench, "50 streams × 500 tokens, all at once", Plan(500), 50)
+
+
+async def workers_paced(bench: Bench) -> Row:
+    return await _workers(bench, "100 streams × 20 tokens/s", Plan(100 if bench.quick else 200, rate=20), 100)
+
+
+async def _workers(bench: Bench, what: str, plan: Plan, count: int) -> Row:
+    title = f"2 workers with Redis, {what}: CPU per token, of the workers + of Redis"
+    if not workers.can_be_measured():
+        return Row(title, ["not measured: no Redis"], {})
+    memory, one, two = await workers.measure(bench.upstream_port, plan, count, 1 if bench.quick or plan.rate else 3)
+    more = one.busiest / two.busiest
+    ratios = [f"**{more:.2f}** × what one can do, by the busiest worker's CPU (at least 1.7){_verdict(more >= 1.7)}"]
+    return Row(title, ratios, {OURS.name: f"2 workers {two}, 1 worker {one}, 1 in memory {memory.workers:.3g} µs"})
+
+
 ROWS: dict[str, Callable[[Bench], Awaitable[Row]]] = {
     "burst": burst,
     "paced": paced,
@@ -240,6 +258,8 @@ ROWS: dict[str, Callable[[Bench], Awaitable[Row]]] = {
     "memory": memory,
     "cancel": cancel,
     "startup": startup,
+    "workers": workers_at_once,
+    "workers-paced": workers_paced,
 }
 
 

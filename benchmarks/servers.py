@@ -137,7 +137,7 @@ class Server:
 
     def cpu(self) -> float:
         """Seconds of CPU that all its processes have used."""
-        return sum(time.clock_gettime((~pid << 3) | 2) for pid in self._pids())  # see clock_getcpuclockid(3)
+        return sum(map(cpu_of, self._pids()))
 
     def memory(self, field: str = "VmRSS") -> float:
         """MB of all its processes: ``VmRSS``, or ``VmHWM`` for the peak since `forget_peak`."""
@@ -165,6 +165,11 @@ class Server:
             for children in Path(f"/proc/{pid}/task").glob("*/children"):
                 found += map(int, children.read_text(encoding="ascii").split())
         return found
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU that a process has used; see clock_getcpuclockid(3)."""
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def _status(pid: int, field: str) -> int:
@@ -221,8 +226,8 @@ def upstream(port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def server(kind: Kind, upstream_port: int) -> Iterator[Server]:
-    """Started, but perhaps not ready yet."""
+def server(kind: Kind, upstream_port: int, **settings: str) -> Iterator[Server]:
+    """Started, but perhaps not ready yet. ``settings`` are further variables of its environment."""
     port = free_port()
     command = kind.command.format(bin=kind.bin, port=port).split(" ")
     environment = {
@@ -235,5 +240,5 @@ def server(kind: Kind, upstream_port: int) -> Iterator[Server]:
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
     }
-    with running(command, SERVER_CORES, **environment) as process:
+    with running(command, SERVER_CORES, **environment, **settings) as process:
         yield Server(kind, port, process)
