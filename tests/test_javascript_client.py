@@ -492,6 +492,17 @@ async def test_the_break_and_the_resumption_are_events(tmp_path: Path) -> None:
         assert statuses[:5] == ["connecting", "open", "waiting", "connecting", "open"]
 
 
+async def test_a_listener_that_throws_does_not_end_the_connection(tmp_path: Path) -> None:
+    source = """
+    const thrown = [];
+    process.on("uncaughtException", (error) => thrown.push(error.message));
+    const session = await createSession(url, { onStatus: (status) => { throw new Error(status); } });
+    say([(await session.ask("hi")).text, thrown]);
+    session.close();
+    """
+    assert await said(source, tmp_path, HELLO) == ["Hello", ["connecting", "open"]]
+
+
 LOSING = """
 // A WebSocket that loses frames of these methods while it is told to, so that the server must have forgotten them.
 class Losing extends WebSocket {

@@ -292,7 +292,7 @@ async def test_a_server_with_tokens_is_given_one_by_a_form(browser: str) -> None
         await it.page.wait_for(asked)
         await it.page.type("not the token at all")
         await it.page.press("Enter")
-        await it.page.wait_for_text("Bearer", "#token-error")
+        await it.page.wait_for_text("does not know this token", "#token-error")
         it.page.troubles.clear()  # the console has the 401
         await it.page.wait_for(asked)
         await it.page.evaluate("document.querySelector('#token').select()")
@@ -444,6 +444,7 @@ ATTRIBUTES = [
     "aria-hidden",
     "checked",
     "class",
+    "dir",
     "disabled",
     "href",
     "rel",

@@ -45,9 +45,23 @@ def test_the_types_pass_the_strict_compiler(change: tuple[str, str], is_right: b
     shutil.copytree(WEB, tmp_path, dirs_exist_ok=True)
     shutil.copy(modules / "marked" / "lib" / "marked.d.ts", tmp_path / "vendor" / "marked.d.ts")
     (tmp_path / "use.ts").write_text(USE.replace(*change))
-    options = "--strict --checkJs --allowJs --noEmit --target es2023 --module es2022 --moduleResolution bundler"
-    result = ended(modules / ".bin" / "tsc", *options.split(), "--types", "", "use.ts", "app.js", cwd=tmp_path)
+    result = compiled(tmp_path, "--noEmit", "--checkJs", "--allowJs", "use.ts", "app.js", "client.js")
     assert (result.returncode == 0) == is_right, result.stdout
+    without_scripts = compiled(tmp_path, "--noEmit", "use.ts")
+    assert (without_scripts.returncode == 0) == is_right, without_scripts.stdout
+
+
+def compiled(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    strict = "--strict --target es2023 --module es2022 --moduleResolution bundler --newLine lf"
+    return ended(npm_packages() / ".bin" / "tsc", *strict.split(), "--types", "", *options, cwd=folder)
+
+
+def test_the_declarations_are_those_of_the_client(tmp_path: Path) -> None:
+    """To make them anew, run this with the options below in `inference_trio/web`."""
+    shutil.copy(WEB / "client.js", tmp_path)
+    result = compiled(tmp_path, "--allowJs", "--declaration", "--emitDeclarationOnly", "--outDir", "made", "client.js")
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "made" / "client.d.ts").read_text() == (WEB / "client.d.ts").read_text()
 
 
 def test_the_scripts_are_formatted() -> None:

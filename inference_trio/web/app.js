@@ -63,7 +63,7 @@ async function connect() {
   } catch (error) {
     if (error instanceof InferenceError && error.code === "unauthorized") {
       token = "";
-      return askForToken(error.message);
+      return askForToken("The server does not know this token. Is it complete?");
     }
     showStatus("idle");
     $("turns").append(h("p", { class: "failure", role: "alert" }, error instanceof Error ? error.message : `${error}`));
@@ -203,7 +203,7 @@ function turnElement(turn) {
   return h(
     "div",
     { class: "turn" },
-    h("p", { class: "question" }, h("span", { class: "hidden" }, "You: "), turn.text),
+    h("p", { class: "question", dir: "auto" }, h("span", { class: "hidden" }, "You: "), turn.text),
     answers,
   );
 }

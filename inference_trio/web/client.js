@@ -674,7 +674,14 @@ export class Session {
 
   /** @param {Status} status */
   #status(status) {
-    this.#options.onStatus?.(status);
+    try {
+      this.#options.onStatus?.(status);
+    } catch (error) {
+      // It is reported as whatever is thrown in a listener, and does not end the connection.
+      queueMicrotask(() => {
+        throw error;
+      });
+    }
   }
 
   // Receiving

@@ -107,23 +107,25 @@ function render(tokens, depth = 0) {
 }
 
 /** @param {string} tag */
-const inline = (tag) => (/** @type {any} */ token, /** @type {number} */ depth) => [
-  h(tag, {}, ...render(token.tokens, depth)),
-];
+const inline =
+  (tag, attributes = {}) =>
+  (/** @type {any} */ token, /** @type {number} */ depth) => [h(tag, attributes, ...render(token.tokens, depth))];
+/** Blocks run from right to left where their text does. */
+const AUTO = { dir: "auto" };
 
 /** @type {{ [type: string]: (token: any, depth: number) => Node[] }} */
 const ELEMENTS = {
   space: () => [],
   def: () => [],
-  plain: (token) => [h("p", {}, token.text)],
-  paragraph: inline("p"),
-  blockquote: inline("blockquote"),
+  plain: (token) => [h("p", AUTO, token.text)],
+  paragraph: inline("p", AUTO),
+  blockquote: inline("blockquote", AUTO),
   strong: inline("strong"),
   em: inline("em"),
   del: inline("del"),
   br: () => [h("br")],
   hr: () => [h("hr")],
-  heading: (token, depth) => [h(`h${Math.min(token.depth + 2, 6)}`, {}, ...render(token.tokens, depth))],
+  heading: (token, depth) => [h(`h${Math.min(token.depth + 2, 6)}`, AUTO, ...render(token.tokens, depth))],
   codespan: (token) => [h("code", {}, token.text)],
   code: (token) => [code(token.text, token.lang)],
   html: (token) => (token.block ? [h("p", {}, token.text.trim())] : [new Text(token.text)]),
@@ -135,7 +137,7 @@ const ELEMENTS = {
   list: (token, depth) => [
     h(
       token.ordered ? "ol" : "ul",
-      { start: token.ordered && token.start !== 1 && token.start },
+      { ...AUTO, start: token.ordered && token.start !== 1 && token.start },
       ...token.items.map((/** @type {any} */ item) => h("li", {}, ...render(item.tokens, depth))),
     ),
   ],
@@ -143,7 +145,9 @@ const ELEMENTS = {
     const row = (/** @type {string} */ tag) => (/** @type {any[]} */ cells) =>
       h("tr", {}, ...cells.map((cell) => h(tag, { class: cell.align ?? undefined }, ...render(cell.tokens, depth))));
     const head = h("thead", {}, row("th")(token.header));
-    return [h("div", { class: "table" }, h("table", {}, head, h("tbody", {}, ...token.rows.map(row("td")))))];
+    return [
+      h("div", { class: "table", tabindex: "0" }, h("table", AUTO, head, h("tbody", {}, ...token.rows.map(row("td"))))),
+    ];
   },
 };
 
