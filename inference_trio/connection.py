@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
@@ -105,6 +106,8 @@ class Connection:
     subprotocol: str | None = None
     traceparent: str | None = None
     """The client's place in a trace, for tasks that name none of their own."""
+    on_refusal: Callable[[InferenceError], None] = lambda _: None
+    """Called with each error that a request is answered with, or would be if it asked for an answer."""
     _answers: deque[str] = attrs.field(factory=deque)
     _backlog: int = 0
     _awake: trio.Event = attrs.field(factory=trio.Event)
@@ -156,6 +159,7 @@ class Connection:
 
     async def _dispatch(self, item: Call | Invalid) -> JsonObject | Cancelling | None:
         if isinstance(item, Invalid):
+            self.on_refusal(item.error)
             return failure(item.id, item.error)
         try:
             return await self._call(item)
@@ -164,6 +168,7 @@ class Connection:
         except Exception:
             logger.exception("defect in a method")
             refused = InternalError()
+        self.on_refusal(refused)
         return failure(item.id, refused) if item.expects_answer else None
 
     async def _call(self, call: Call) -> JsonObject | Cancelling | None:

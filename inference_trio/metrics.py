@@ -94,6 +94,12 @@ class Metrics:
             registry=registry,
         )
         self._retries = Counter("inference_retries", "Failed calls that were tried again", model, registry=registry)
+        self._refused = Counter(
+            "inference_refused",
+            "Requests refused: over HTTP by status, over a WebSocket by the error's code",
+            ("over", "code"),
+            registry=registry,
+        )
         self._tools = Histogram(
             "inference_tool_seconds", "From a tool call to its result", buckets=_TOOL, registry=registry
         )
@@ -107,6 +113,10 @@ class Metrics:
     def render(self) -> bytes:
         """All of them, in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def request_refused(self, over: str, code: int) -> None:
+        """``over`` is ``http`` or ``websocket``."""
+        self._refused.labels(over, code).inc()
 
     def attempt_failed(self, model: str, failure: FailedAttempt) -> None:
         self._failures.labels(model, failure.error.kind, _status_class(failure.error)).inc()

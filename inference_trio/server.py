@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import attrs
@@ -91,6 +92,8 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     app.before_request(rules.before_request)
     app.before_websocket(rules.before_websocket)
     app.after_request(rules.after_request)
+    app.after_request(service.count_refusal)
+    app.after_websocket(service.count_refusal)
     app.errorhandler(InferenceError)(refuse)
     app.errorhandler(HTTPException)(refuse_http)
     app.errorhandler(Exception)(report_defect)
@@ -199,9 +202,19 @@ class Service:
         if session is None:
             session = await self._session_of(self._owner(socket.headers), session_id)
         subprotocol = SUBPROTOCOL if SUBPROTOCOL in offered else None
-        connection = Connection(socket, session, subprotocol, socket.headers.get("traceparent"))
+        traceparent = socket.headers.get("traceparent")
+        connection = Connection(socket, session, subprotocol, traceparent, self._count_error)
         await session.attach(connection, _after(socket.args.get("after")))
         await connection.run()
+
+    async def count_refusal(self, response: Any) -> Any:
+        """Called with what is sent for a request; a handshake that was accepted has no response."""
+        if response is not None and response.status_code >= HTTPStatus.BAD_REQUEST:
+            self.metrics.request_refused("http", response.status_code)
+        return response
+
+    def _count_error(self, error: InferenceError) -> None:
+        self.metrics.request_refused("websocket", error.code)
 
     def _owner(self, headers: Headers) -> Owner:
         owner = self.access.owner_of(headers.get("Authorization"))

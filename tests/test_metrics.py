@@ -18,7 +18,7 @@ from inference_trio.task import TaskState
 from inference_trio.variables import Secret
 from tests import answers
 from tests.fakes import FakeModel, fail, finish, text, tool_call
-from tests.harness import KEY, PATIENCE, Server
+from tests.harness import KEY, PATIENCE, Server, reaching
 from tests.test_main import SERVE, free_port, run
 from tests.test_report import BROKE, BUSY, make_runner
 from tests.test_server import TOOL, serving
@@ -154,6 +154,29 @@ async def test_a_model_that_is_refused_leaves_no_series() -> None:
             assert (await client.call("generate", {"message": "x", "model": "invented"}))["code"] == -32602
         models = {key[-1] for key in await scrape(server) if key[0] == "inference_tasks_ended_total"}
         assert models == {"other"}
+
+
+async def test_whatever_is_refused_is_counted_by_its_code() -> None:
+    limits = {"auth_tokens": {"a": Secret("t" * 16)}, "max_tasks_per_session": 0}
+    async with serving(**limits) as (server, _):
+        known = {"Authorization": f"Bearer {'t' * 16}"}
+        assert (await server.post()).status_code == 401
+        assert (await server.post(headers={"Origin": "https://elsewhere.example"})).status_code == 403
+        assert (await server.post(headers=known, json={"tool": 1})).status_code == 422
+        async with reaching(server.url) as other:  # a line of its own: it is closed after that
+            assert (await other.shake_hands("/ws/nobody")).status_code == 401
+        session_id = (await server.post(headers=known)).json()["session_id"]
+        async with server.connect(session_id, **known) as client:
+            assert (await client.call("generate", {"message": "x"}))["code"] == -32005
+            assert (await client.call("generate", {"massage": "x"}))["code"] == -32602
+            await client.say("{")
+            await client.hear()
+            assert (await client.call("nonesuch"))["code"] == -32601
+        counted = samples((await server.get("/metrics", headers=known)).text)
+    refused = {key[1:]: value for key, value in counted.items() if key[0] == "inference_refused_total"}
+    assert refused == {("401", "http"): 2, ("403", "http"): 1, ("422", "http"): 1} | {
+        (code, "websocket"): 1 for code in ("-32005", "-32602", "-32700", "-32601")
+    }
 
 
 # Where it is
