@@ -24,7 +24,7 @@ class Limits:
     async def enter(self, worker: Worker, session_id: str, owner: Owner) -> None:
         """Counts one more session. Raises OverloadedError where it would be too many."""
         limits = (self.settings.max_sessions, _limit(owner.max_sessions), _limit(owner.requests_per_minute))
-        terms = (session_id, name_of(owner), worker.ttl, *limits)
+        terms = (session_id, name_of(owner), worker.ttl, *limits, worker.id)
         reply = await worker.link.run("enter", worker.for_all, *terms)
         _check(reply, "sessions", self.settings.max_sessions, owner.max_sessions, owner)
 

@@ -157,12 +157,14 @@ class RedisSession:
 
     async def _attach(self, name: str, after: int | None) -> Any:
         held = (self.worker.id, name, "1", self.id, self.owner_name, self.worker.ttl)
-        await self.worker.link.run("hold", self.worker.for_all, *held)
+        if await self.worker.link.run("hold", self.worker.for_all, *held) != [b"ok"]:
+            raise OverloadedError("The server has lost what it had", retry_after=RETRY_AFTER)
         reply = await self._run("attach", name, "" if after is None else after)
         if reply[0] == b"beyond":
             raise InvalidParamsError(f"Expected a number from 0 to {reply[1]} - at `after`")
         if reply[0] == b"gone":
             raise NoSuchSessionError("There is no such session any more")
+        self.worker.check()
         return reply
 
     def _take_over(self, epoch: int) -> None:
@@ -278,6 +280,7 @@ class RedisSession:
             raise too_many("tasks", most, "in this session")
         if reply[0] != b"ok":
             raise OverloadedError("This connection was taken over", retry_after=RETRY_AFTER)
+        self.worker.check()
 
     def _dismiss(self, runner: Runner, size: int, how: str = "") -> None:
         self.store.limits.budget.release(size)

@@ -92,6 +92,8 @@ class RedisStore:
     async def get(self, session_id: str) -> RedisSession | None:
         worker = self.worker
         tools, name, window = await worker.link.run("load", worker.session_key(session_id), worker.ttl)
+        if name is None:
+            await worker.check_era()
         owner = self.owner_named(name.decode()) if name is not None else None
         if owner is None:
             return None

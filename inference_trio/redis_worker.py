@@ -15,10 +15,10 @@ import attrs
 import msgspec
 import trio
 
-from .errors import BrokenStreamError
+from .errors import BrokenStreamError, OverloadedError
 from .protocol import Error
 from .redis_delivery import encoded
-from .redis_link import FOREVER, AwayError, Link
+from .redis_link import FOREVER, RETRY_AFTER, AwayError, Link
 from .redis_scripts import ROOT, inbox_key, key_for_all, session_key
 from .running import RunningTasks
 
@@ -126,6 +126,16 @@ class Worker:
         """Ends this life in good order, when it has nothing any more."""
         await self.link.run("bury", self.for_all, self.id)
 
+    def check(self) -> None:
+        """Raises OverloadedError where this life is over: it may have ended during a call."""
+        if self.is_over:
+            raise OverloadedError("The server has lost what it had", retry_after=RETRY_AFTER)
+
+    async def check_era(self) -> None:
+        """Raises OverloadedError where a new era has begun: then what is not here may well be there."""
+        if await self.link.run("era", ROOT) != self.era.encode():
+            raise OverloadedError("The store of the sessions begins anew", retry_after=RETRY_AFTER)
+
     async def _keep_lease(self) -> bool:
         try:
             expired = await self._renew()
@@ -142,9 +152,9 @@ class Worker:
         """Workers whose lease has run out; ``None`` where this one's has. Raises AwayError."""
         terms = (int(LEASE * 1000), int(GRACE * 1000), self.era, self.seen, secrets.token_hex(4))
         era, *rest = await self.link.probe("renew", ROOT, self.id, *terms)
-        self.link.is_back()
         if not rest:
             return None
+        self.link.is_back()
         self.era, self.seen, self._renewed_at = era.decode(), rest[0], trio.current_time()
         return [worker.decode() for worker in rest[1]]
 

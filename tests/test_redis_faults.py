@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,8 @@ import trio
 
 from inference_trio import redis_link, redis_worker
 from inference_trio.access import Owner
+from inference_trio.connection import Connection
+from inference_trio.errors import OverloadedError
 from inference_trio.redis_link import AwayError, Link
 from inference_trio.redis_store import RedisStore, open_redis_store
 from inference_trio.variables import Secret
@@ -205,6 +208,86 @@ async def test_a_stall_delays_a_task_and_changes_nothing_of_it(redis: RedisServe
         assert numbers(frames) == list(range(1, len(frames) + 1))
         assert await whole(it, 1, socket.session_id) == frames
         it.stores[1].check_ready()
+
+
+async def test_when_redis_is_away_for_too_long_connections_are_closed_and_tasks_stopped(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_worker, "LONGEST_ABSENCE", 0.5)
+    async with mortals(redis, [text("Hel"), hang], HELLO) as it:
+        socket, _ = await it.started(0)
+        life = it.stores[0].worker
+        redis.pause()
+        try:
+            await socket.gone.wait()
+            assert socket.close_code == 1012
+            while it.model.streaming or any(store._worker for store in it.stores):
+                await pause()
+            with pytest.raises(OverloadedError, match="does not answer"):
+                it.stores[0].check_ready()
+            with pytest.raises(OverloadedError, match="does not answer"):
+                await it.stores[0].get(socket.session_id)
+        finally:
+            redis.go_on()
+        redis.ask("ZADD", f"{life.for_all}:leases", "1", life.id)  # as it will be after some seconds
+        frames = await whole(it, 1, socket.session_id)
+        assert frames[-1]["params"]["error"]["data"] == {"reason": "worker lost", "partial_text": "Hel"}
+        socket = await it.connect(0, socket.session_id)
+        socket.call("generate", {"message": "hi"})
+        assert (await transcript(socket))[-1]["params"]["final_text"] == "Hello"
+
+
+async def test_a_connection_that_waited_for_redis_while_its_worker_lost_its_lease_is_refused(
+    redis: RedisServer,
+) -> None:
+    async with mortals(redis, HELLO) as it:
+        session_id = await it.create(0)
+        session = await it.stores[0].get(session_id)
+        life = it.stores[0].worker
+        redis.ask("ZREM", f"{life.for_all}:leases", life.id)
+        with pytest.raises(OverloadedError, match="has lost what it had"):
+            await session.attach(Connection(FakeWebSocket(session_id), session), None)
+
+
+async def test_what_is_not_found_while_a_new_era_begins_may_be_there_soon(redis: RedisServer) -> None:
+    async with mortals(redis, HELLO) as it:
+        store = it.stores[0]
+        redis.ask("HSET", "{inference}", "era", "another")
+        with pytest.raises(OverloadedError, match="begins anew"):
+            await store.worker.check_era()
+
+
+async def test_when_redis_has_forgotten_one_era_begins_and_not_one_for_each_worker(redis: RedisServer) -> None:
+    async with mortals(redis, HELLO, count=5) as it:
+        lives = [store.worker for store in it.stores]
+        await trio.to_thread.run_sync(redis.forget)
+        while not all(life.is_over for life in lives) or not all(map(is_ready, it.stores)):
+            await pause()
+        eras = {store.worker.era for store in it.stores}
+        assert len(eras) == 1
+        for _ in range(20):
+            await pause()
+        assert {store.worker.era for store in it.stores if store._worker} == eras
+
+
+async def test_a_session_that_nobody_has_here_any_more_is_made_again_and_works_as_before(redis: RedisServer) -> None:
+    async with mortals(redis, HELLO, HELLO) as it:
+        session_id = await it.create(0, tools=[fakes.tool(TOOL)])
+        notes: list[Any] = []
+        for _ in range(2):
+            while session_id in it.stores[0].worker.sessions:  # as long as what it had to do there is under way
+                gc.collect()
+                await pause()
+            socket = await it.connect(0, session_id, after=len(notes))
+            assert (await socket.hear())["params"]["latest_seq"] == len(notes)
+            socket.call("generate", {"message": "hi"})
+            _, *frames = await transcript(socket)
+            assert text_of(frames) == "Hello"
+            notes += frames
+            await socket.drop()
+        again = await it.connect(1, session_id, after=0)
+        await again.hear()
+        assert [await again.hear() for _ in notes] == notes
 
 
 async def test_a_restart_delays_a_task_and_changes_nothing_of_it(redis: RedisServer) -> None:

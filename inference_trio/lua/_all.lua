@@ -5,6 +5,8 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local leases, counts = all .. ':leases', all .. ':counts'
 local DAY = 86400000
 
+local function is_alive(worker) return tonumber(redis.call('ZSCORE', leases, worker) or 0) >= now end
+
 -- Counts a request of this owner, evenly spread over a minute; seconds to wait where it is one too many.
 local function spend(owner, rate)
     if rate == '' then return nil end

@@ -2,7 +2,7 @@
 local held, mine = all .. ':held:' .. ARGV[1], 'tasks:' .. ARGV[4]
 if redis.call('HEXISTS', held, ARGV[2]) == 1 then return {'ok'} end
 if string.find(redis.call('GET', all .. ':ended:' .. ARGV[1]) or '', ARGV[2], 1, true) then return {'lost'} end
-if not redis.call('ZSCORE', leases, ARGV[1]) then return {'lost'} end
+if not is_alive(ARGV[1]) then return {'lost'} end
 if tonumber(redis.call('HGET', counts, 'tasks') or 0) >= tonumber(ARGV[5]) then return {'many'} end
 if ARGV[6] ~= '' and tonumber(redis.call('HGET', counts, mine) or 0) >= tonumber(ARGV[6]) then return {'owner'} end
 local wait = spend(ARGV[4], ARGV[7])

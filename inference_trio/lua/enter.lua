@@ -1,5 +1,6 @@
--- session, owner, ttl, most sessions, most of the owner, most requests a minute -> 'ok', or why not
+-- session, owner, ttl, most sessions, most of the owner, most requests a minute, worker -> 'ok', or why not
 local both, mine = all .. ':sessions', all .. ':sessions:' .. ARGV[2]
+if not is_alive(ARGV[7]) then return {'lost'} end
 for _, set in ipairs({both, mine}) do redis.call('ZREMRANGEBYSCORE', set, '-inf', now) end
 if not redis.call('ZSCORE', both, ARGV[1]) then
     if ARGV[5] ~= '' and redis.call('ZCARD', mine) >= tonumber(ARGV[5]) then return {'owner'} end

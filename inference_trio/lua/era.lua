@@ -1,0 +1,2 @@
+-- -> the era that it is
+return redis.call('HGET', KEYS[1], 'era')
