@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import anyio
 import attrs
 import coredis
 import trio
@@ -37,6 +38,16 @@ RETRY_AFTER = 5.0
 """Seconds after which a client refused because Redis is away may try again."""
 
 FOREVER = math.inf
+
+FAILURES = (
+    RedisError,
+    OSError,
+    RuntimeError,  # the client was closed meanwhile
+    anyio.ClosedResourceError,  # the connection was, between its choice and its use
+    anyio.BrokenResourceError,
+    anyio.EndOfStream,
+)
+"""What coredis raises where there is no answer."""
 
 Value = str | bytes | int | float
 
@@ -71,8 +82,8 @@ class Link:
                 async with self._connect() as self._client:
                     self._opened.set()
                     await self._failed.wait()
-            except (RedisError, OSError) as error:  # a cluster's client connects at once
-                logger.warning("Redis is away: %s", error)
+            except* FAILURES as group:  # a cluster's client connects at once
+                logger.warning("Redis is away: %s", group.exceptions[0])
                 await trio.sleep(PAUSE)
 
     async def open(self) -> None:
@@ -147,8 +158,8 @@ async def _answered(call: Callable[[], Awaitable[Any]]) -> Any:
         return await call()
     except ResponseError:
         raise
-    except (RedisError, OSError, RuntimeError) as error:  # the last one: the client was closed meanwhile
-        raise AwayError(str(error)) from error
+    except FAILURES as error:
+        raise AwayError(str(error) or type(error).__name__) from error
 
 
 @asynccontextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -275,9 +274,9 @@ async def test_a_session_that_nobody_has_here_any_more_is_made_again_and_works_a
         session_id = await it.create(0, tools=[fakes.tool(TOOL)])
         notes: list[Any] = []
         for _ in range(2):
-            while session_id in it.stores[0].worker.sessions:  # as long as what it had to do there is under way
-                gc.collect()
+            while it.stores[0].worker.in_use():
                 await pause()
+            it.stores[0].worker.sessions.clear()  # as if it had been collected: nobody holds it
             socket = await it.connect(0, session_id, after=len(notes))
             assert (await socket.hear())["params"]["latest_seq"] == len(notes)
             socket.call("generate", {"message": "hi"})
@@ -325,6 +324,15 @@ async def test_when_redis_has_forgotten_something_no_session_of_before_exists(re
 
 
 # Replies that are lost, and copies of scripts that are run late
+
+
+@pytest.mark.parametrize("error", redis_link.FAILURES)
+async def test_whatever_coredis_raises_redis_counts_as_away(error: type[Exception]) -> None:
+    async def call() -> None:
+        raise error
+
+    with pytest.raises(AwayError):
+        await redis_link._answered(call)
 
 
 class Unreliable:
