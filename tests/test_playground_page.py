@@ -385,6 +385,18 @@ async def test_nothing_is_wider_than_the_screen(width: int, height: int, browser
             await it.page.click(f"[data-closes={panel}]")
 
 
+async def test_text_from_right_to_left_runs_so(browser: str) -> None:
+    said = answers.reply(
+        "> \u0645\u0631\u062d\u0628\u0627\n\n- \u0642\u0627\u0626\u0645\u0629\n\nleft\n\n```\ncode\n```\n"
+    )
+    async with opened(browser, said) as it:
+        await it.answered("\u0645\u0631\u062d\u0628\u0627")
+        for selector, direction in {"blockquote p": "rtl", "ul": "rtl", ".prose > p": "ltr", "pre": "ltr"}.items():
+            style = f"getComputedStyle(document.querySelector('.answer {selector}')).direction"
+            assert await it.page.evaluate(style) == direction, selector
+        assert await it.page.evaluate("getComputedStyle(document.querySelector('.question')).direction") == "rtl"
+
+
 async def test_light_and_dark_follow_the_system_and_the_button(browser: str) -> None:
     async with opened(browser) as it:
         colour = "getComputedStyle(document.body).backgroundColor"

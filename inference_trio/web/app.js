@@ -203,7 +203,7 @@ function turnElement(turn) {
   return h(
     "div",
     { class: "turn" },
-    h("p", { class: "question", dir: "auto" }, h("span", { class: "hidden" }, "You: "), turn.text),
+    h("p", { class: "question", dir: "auto" }, h("span", { class: "hidden", dir: "ltr" }, "You: "), turn.text),
     answers,
   );
 }

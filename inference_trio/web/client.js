@@ -553,7 +553,7 @@ export class Session {
         signal: AbortSignal.timeout(REQUEST_LIMIT),
       });
     } catch (cause) {
-      throw noServer(this.#url, reasonOf(cause), true, {}, cause);
+      throw noServer(this.#url, reasonOf(cause, this.#url), true, {}, cause);
     }
     const answer = await response.json().catch(() => null);
     if (response.ok && answer) return answer;
@@ -994,9 +994,11 @@ function noServer(url, found, retryable, data = {}, cause) {
   return new InferenceError(message, "unreachable", { ...data, retryable }, { cause });
 }
 
-/** Why nothing was reached: Node says it further down. @param {any} cause */
-function reasonOf({ message, cause }) {
-  return cause?.message || cause?.code || message;
+/** Why nothing was reached: Node says it further down, a browser not at all. @param {any} cause @param {URL} url */
+function reasonOf({ message, cause }, url) {
+  const page = globalThis.location?.origin;
+  if (page === undefined || page === url.origin) return cause?.message || cause?.code || message;
+  return `${message}, or it refuses pages of ${page} (INFERENCE_ALLOWED_ORIGINS)`;
 }
 
 /**

@@ -53,7 +53,7 @@ export class StreamingMarkdown {
     const blocks = lex(this.#tail);
     const done = settled(blocks, this.#tail);
     for (const node of this.#tailNodes) node.parentNode?.removeChild(node);
-    const nodes = blocks.map(({ token }) => render([token]));
+    const nodes = blocks.map(({ token }) => block(token));
     this.#target.append(...nodes.flat());
     this.#tailNodes = nodes.slice(done).flat();
     this.#tail = this.#tail.slice(blocks[done]?.at ?? 0);
@@ -97,6 +97,13 @@ function lex(text) {
   }
 }
 
+/** A block by itself, which runs from right to left where its text does. @param {any} token */
+function block(token) {
+  const nodes = render([token]);
+  for (const node of nodes) if (node instanceof HTMLElement && token.type !== "code") node.dir = "auto";
+  return nodes;
+}
+
 /** @param {any[] | undefined} tokens @returns {Node[]} */
 function render(tokens, depth = 0) {
   if (depth > DEEPEST) return (tokens ?? []).map((token) => text(token.raw));
@@ -107,25 +114,23 @@ function render(tokens, depth = 0) {
 }
 
 /** @param {string} tag */
-const inline =
-  (tag, attributes = {}) =>
-  (/** @type {any} */ token, /** @type {number} */ depth) => [h(tag, attributes, ...render(token.tokens, depth))];
-/** Blocks run from right to left where their text does. */
-const AUTO = { dir: "auto" };
+const inline = (tag) => (/** @type {any} */ token, /** @type {number} */ depth) => [
+  h(tag, {}, ...render(token.tokens, depth)),
+];
 
 /** @type {{ [type: string]: (token: any, depth: number) => Node[] }} */
 const ELEMENTS = {
   space: () => [],
   def: () => [],
-  plain: (token) => [h("p", AUTO, token.text)],
-  paragraph: inline("p", AUTO),
-  blockquote: inline("blockquote", AUTO),
+  plain: (token) => [h("p", {}, token.text)],
+  paragraph: inline("p"),
+  blockquote: inline("blockquote"),
   strong: inline("strong"),
   em: inline("em"),
   del: inline("del"),
   br: () => [h("br")],
   hr: () => [h("hr")],
-  heading: (token, depth) => [h(`h${Math.min(token.depth + 2, 6)}`, AUTO, ...render(token.tokens, depth))],
+  heading: (token, depth) => [h(`h${Math.min(token.depth + 2, 6)}`, {}, ...render(token.tokens, depth))],
   codespan: (token) => [h("code", {}, token.text)],
   code: (token) => [code(token.text, token.lang)],
   html: (token) => (token.block ? [h("p", {}, token.text.trim())] : [new Text(token.text)]),
@@ -137,7 +142,7 @@ const ELEMENTS = {
   list: (token, depth) => [
     h(
       token.ordered ? "ol" : "ul",
-      { ...AUTO, start: token.ordered && token.start !== 1 && token.start },
+      { start: token.ordered && token.start !== 1 && token.start },
       ...token.items.map((/** @type {any} */ item) => h("li", {}, ...render(item.tokens, depth))),
     ),
   ],
@@ -146,7 +151,7 @@ const ELEMENTS = {
       h("tr", {}, ...cells.map((cell) => h(tag, { class: cell.align ?? undefined }, ...render(cell.tokens, depth))));
     const head = h("thead", {}, row("th")(token.header));
     return [
-      h("div", { class: "table", tabindex: "0" }, h("table", AUTO, head, h("tbody", {}, ...token.rows.map(row("td"))))),
+      h("div", { class: "table", tabindex: "0" }, h("table", {}, head, h("tbody", {}, ...token.rows.map(row("td"))))),
     ];
   },
 };
