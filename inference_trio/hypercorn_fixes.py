@@ -63,6 +63,10 @@ NO_PLACE = (
 )
 
 
+PIECE = 2**16
+"""Bytes that even a slow peer takes in time; the end of a task may be many times as long."""
+
+
 @attrs.frozen
 class ServerLimits:
     """What a connection may take, and how many there may be. Sizes in bytes, times in seconds.
@@ -72,7 +76,7 @@ class ServerLimits:
     ``max_connections``: open ones; a further one is answered with 503 at once.
     ``max_arriving_bytes``: of messages and bodies that have not ended yet, on all connections together. Beyond it
     those that are not small are refused, with close code 1013 or status 503.
-    ``write_timeout``: how long one write may take before the peer is dropped.
+    ``write_timeout``: how long a write, or `PIECE` bytes of a longer one, may take before the peer is dropped.
     ``ping_interval``, ``pong_timeout``: how often a WebSocket is pinged, and how long any peer may send nothing at
     all before it is dropped. The second must be larger than the first, and than any response takes.
     ``header_timeout``: until the first or the next request's headers are complete.
@@ -213,8 +217,9 @@ class BoundedTCPServer(TCPServer):
             return
         async with self.send_lock:
             try:
-                with trio.fail_after(self._limits.write_timeout, shield=True):
-                    await self.stream.send_all(data)
+                for start in range(0, len(data), PIECE):
+                    with trio.fail_after(self._limits.write_timeout, shield=True):
+                        await self.stream.send_all(data[start : start + PIECE])
             except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
                 await trio.aclose_forcefully(self.stream)
 

@@ -10,6 +10,7 @@ what is still to happen needs no more input: how fast the kernel delivers must n
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -140,6 +141,26 @@ async def test_a_client_that_stops_reading_is_dropped(clock: MockClock) -> None:
         clock.jump(LIMITS.write_timeout)
         with trio.fail_after(10):
             await app.ended.wait()
+
+
+async def test_a_client_that_reads_slowly_gets_a_message_that_takes_long(clock: MockClock) -> None:
+    install(attrs.evolve(LIMITS, pong_timeout=HOUR))
+    app = ToyApp()
+    async with serving(app) as port, connected(port, b"/shout") as client:
+        client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)  # else it grows to more than is read here
+        await blocked(app)
+        for _ in range(3):
+            clock.jump(LIMITS.write_timeout * 0.6)
+            await read(client, 10 * MEGABYTE)  # more than the kernel holds, so the server has gone on
+        await read(client, MEGABYTE)
+
+
+async def read(client: Client, size: int) -> None:
+    while size > 0:
+        with trio.fail_after(10):
+            data = await client.stream.receive_some(size)
+        assert data, f"closed, with {size} bytes to come"
+        size -= len(data)
 
 
 async def test_without_a_write_timeout_it_blocks_for_ever(clock: MockClock) -> None:
