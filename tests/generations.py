@@ -87,6 +87,8 @@ class Script:
     generations: dict[str, Generation] = attrs.field(factory=dict)
     asked: Counter[tuple[str, int]] = attrs.field(factory=Counter)
     """How often each round of each generation was."""
+    forgotten: set[str] = attrs.field(factory=set)
+    """A request for one of these was on its way when its task was cancelled. Nobody hears the answer."""
 
     def add(self, generation: Generation) -> Generation:
         self.generations[generation.name] = generation
@@ -94,6 +96,8 @@ class Script:
 
     def answer(self, request: Request) -> answers.Answer:
         name = request.messages[0]["content"]
+        if name in self.forgotten:
+            return answers.drop()
         number = sum(message["role"] == "assistant" for message in request.messages)
         attempts = self.generations[name].rounds[number]
         attempt = self.asked[name, number]
@@ -107,4 +111,5 @@ class Script:
     def forget(self, name: str) -> dict[tuple[str, int], int]:
         """How often each round was asked for."""
         count = len(self.generations.pop(name).rounds)
+        self.forgotten.add(name)
         return {(name, number): times for number in range(count) if (times := self.asked.pop((name, number), 0))}

@@ -46,7 +46,7 @@ RATE = 12.0
 """Visits begun a second, all sessions together: what two cores carry with room to spare."""
 LONGEST_VISIT = 120.0
 IN_USE = ("inference_tasks{", "inference_sessions")
-BLOCKS_LEARNT, BLOCKS_PER_TASK = 20_000, 5
+BLOCKS_LEARNT, BLOCKS_PER_TASK = 8_000, 5
 """What the server may keep in memory: what it loads late and remembers, and per task less than the least of them."""
 LONG = [("text_chunk", "x" * 10_000)] * 300
 
