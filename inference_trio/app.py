@@ -12,7 +12,7 @@ from quart_trio import QuartTrio
 
 from .errors import ConfigurationError
 from .logs import configure_logging
-from .process import keep_what_is_loaded
+from .process import loading
 from .settings import Settings
 
 
@@ -20,14 +20,13 @@ def _compose() -> QuartTrio:
     try:
         settings = Settings.load()
         configure_logging(settings)
-        from .server import create_app  # after the settings: importing LangChain takes two seconds
+        with loading():
+            from .server import create_app  # after the settings: importing LangChain takes two seconds
 
-        app = create_app(settings)
+            return create_app(settings)
     except ConfigurationError as error:
         print(f"inference_trio: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
-    keep_what_is_loaded()
-    return app
 
 
 app = _compose()

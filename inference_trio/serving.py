@@ -13,7 +13,7 @@ from quart_trio import QuartTrio
 
 from .errors import ConfigurationError
 from .logs import configure_logging
-from .process import keep_what_is_loaded, watch_signals
+from .process import loading, watch_signals
 from .settings import Settings
 
 USAGE_ERROR = 2
@@ -25,10 +25,10 @@ def run(host: str, port: int) -> int:
     try:
         settings = Settings.load()
         stop_logging = configure_logging(settings)
-        from .server import create_app  # after the settings: importing LangChain takes two seconds
+        with loading():
+            from .server import create_app  # after the settings: importing LangChain takes two seconds
 
-        app = create_app(settings)
-        keep_what_is_loaded()
+            app = create_app(settings)
     except ConfigurationError as error:
         print(f"inference-trio: {error}", file=sys.stderr)  # noqa: T201
         return USAGE_ERROR

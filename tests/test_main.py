@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 import trio
 import trio_websocket
 
+from inference_trio.process import loading
 from tests.harness import KEY
 from tests.test_local_model import ask_weather, needs_model
 
@@ -188,3 +190,20 @@ def test_it_says_at_the_start_that_tracing_is_on(tmp_path: Path) -> None:
     with running(SERVE, tmp_path, DEEPSEEK_API_KEY=KEY, LANGSMITH_TRACING="true"):
         pass
     assert "LANGSMITH_TRACING is on" in (tmp_path / "inference_server.log").read_text()
+
+
+def test_what_is_made_while_loading_is_never_looked_at_by_the_collector() -> None:
+    try:
+        with loading():
+            assert not gc.isenabled()
+            made = [object()]
+        assert gc.isenabled()
+        assert not any(found is made for found in gc.get_objects())  # which leaves out what is frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_the_collector_goes_on_after_loading_has_failed() -> None:
+    with pytest.raises(ImportError), loading():
+        raise ImportError
+    assert gc.isenabled()
