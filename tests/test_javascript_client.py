@@ -466,7 +466,7 @@ async def test_a_line_that_breaks_in_any_way_at_any_frame_changes_nothing(how: H
             async with open_proxy(port, partial(iter, [fate])) as proxy:
                 await it.say(f"http://127.0.0.1:{proxy.port}")
                 assert await it.hear() == ["WaitHello", "WaitHello", ["sea"], 4], fate
-                resumed += len(proxy.lines) == 2
+                resumed += len(proxy.lines) > 1  # a slow answer to a ping may cost one more
         assert resumed >= 8
         assert len(it.upstream.requests) == 2 * len(CUTS)
         await it.say(None)
@@ -521,7 +521,7 @@ async def test_a_gap_is_announced_and_the_result_is_whole(tmp_path: Path) -> Non
     source = (
         LOSING
         + """
-    const session = await createSession(url, { WebSocket: Losing, ...fast });
+    const session = await createSession(url, { WebSocket: Losing, pingEvery: 600_000, ...fast });
     Losing.lost = ["text_chunk"];
     const generation = session.generate("hi");
     await hear();
@@ -550,7 +550,7 @@ async def test_a_call_that_fell_into_a_gap_is_answered_as_lost(tmp_path: Path) -
         LOSING
         + LOOK
         + """
-    const session = await createSession(url, { WebSocket: Losing, tools: [look], ...fast });
+    const session = await createSession(url, { WebSocket: Losing, pingEvery: 600_000, tools: [look], ...fast });
     const other = session.generate("other", { history: [] });
     while (other.taskId === null) await new Promise((resolve) => setTimeout(resolve));
     Losing.lost = ["function_call_request", "text_chunk"];
@@ -585,7 +585,7 @@ async def test_what_a_gap_leaves_uncertain_fails_and_is_not_run_twice(tmp_path: 
     source = (
         LOSING
         + """
-    const session = await createSession(url, { WebSocket: Losing, ...fast });
+    const session = await createSession(url, { WebSocket: Losing, pingEvery: 600_000, ...fast });
     const other = session.generate("other", { history: [] });
     while (other.taskId === null) await new Promise((resolve) => setTimeout(resolve));
     Losing.lost = ["answer", "text_chunk", "end"];
