@@ -167,6 +167,7 @@ class Visit:
     notes: list[Any] = attrs.field(factory=list)
     ended_at: float | None = None
     created_at: float = 0.0
+    connected_at: float = 0.0
     trail: deque[str] = attrs.field(factory=lambda: deque(maxlen=12))
     _sent: Counter[str] = attrs.field(factory=Counter)
     _answered: set[str] = attrs.field(factory=set)
@@ -208,6 +209,7 @@ class Visit:
                     path = f"/ws/{self.session_id}?after={len(self.notes)}"
                     socket = await trio_websocket.wrap_client_stream(nursery, stream, "127.0.0.1", path)
                 self._note("connected")
+                self.connected_at = trio.current_time()
                 yield socket
             finally:  # whatever trio-websocket waits for
                 stream.socket.close()
@@ -322,6 +324,7 @@ class Visit:
         assert all(worker and worker.lost_at is not None for worker in workers), "an error of a worker that lives"
         away = [moment for moment in town.redis_was_away if moment <= ended_at]
         since = max([worker.lost_at or 0.0 for worker in workers if worker] + away, default=0.0)
+        since = max(since, self.connected_at)  # it may have come from a worker that was frozen itself
         if workers:
             town.longest_loss = max(town.longest_loss, ended_at - since)
             assert ended_at - since <= LOST_WITHIN, f"{ended_at - since:.1f} s until the error"
