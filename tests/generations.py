@@ -92,6 +92,7 @@ class Script:
 
     def add(self, generation: Generation) -> Generation:
         self.generations[generation.name] = generation
+        self.forgotten.discard(generation.name)
         return generation
 
     def answer(self, request: Request) -> answers.Answer:
