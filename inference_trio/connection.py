@@ -4,7 +4,8 @@ The reader decodes a frame, calls the session and is ready for the next one: no 
 writer is the only one that sends: first the answers to requests, then what the session's outbox has. An answer that
 cannot be given at once (`cancel` is answered when the tasks have ended) joins the queue when it is ready.
 
-Answers that a client does not read are bounded by no longer reading its requests. Two facts about Hypercorn shape
+Answers that a client does not read are bounded by no longer reading its requests; of a request nothing is kept while
+the next one is waited for. Two facts about Hypercorn shape
 the writer: sending may return without a checkpoint, so there is one between two sends; and a
 cancelled send can lose the news of a disconnect, so sending is never put in a cancel scope of its own.
 """
@@ -23,14 +24,14 @@ import trio
 from . import openrpc
 from .chat import JsonObject
 from .errors import InferenceError, InternalError
-from .jsonrpc import Call, Frame, Invalid, decode, encode, failure, notification, response
+from .jsonrpc import Call, Invalid, decode, encode, failure, notification, response
 from .protocol import Accepted, Cancel, Cancelled, Generate, Kept, Notification, Started, ToolResult
 from .session import Attachment
 
 INTERNAL_ERROR = 1011
 """WebSocket close code of RFC 6455, section 7.4.1."""
 
-LARGEST_BACKLOG = 1024 * 1024
+LARGEST_BACKLOG = 64 * 1024
 """Bytes of answers that wait to be sent; beyond it no more requests are read."""
 
 MOST_ANSWERS = 64
@@ -110,6 +111,8 @@ class Connection:
     """Called with each error that a request is answered with, or would be if it asked for an answer."""
     _answers: deque[str] = attrs.field(factory=deque)
     _backlog: int = 0
+    _cancelling: int = 0
+    """Frames whose answer has to wait for tasks to end."""
     _awake: trio.Event = attrs.field(factory=trio.Event)
     _caught_up: trio.Event = attrs.field(factory=trio.Event)
     _close_code: int | None = None
@@ -144,18 +147,21 @@ class Connection:
 
     async def _read(self, nursery: trio.Nursery) -> None:
         while self._close_code is None:
-            data = await self.websocket.receive()
-            if self._close_code is not None:
-                return
-            frame = decode(data)
-            answers = [await self._dispatch(item) for item in frame.items]
-            if any(isinstance(answer, Cancelling) for answer in answers):
-                nursery.start_soon(self._answer_later, frame, answers)
-            else:
-                self._answer(frame, answers)
-            while self._backlog > LARGEST_BACKLOG or len(self._answers) > MOST_ANSWERS:
+            await self._handle(await self.websocket.receive(), nursery)
+            while self._backlog > LARGEST_BACKLOG or len(self._answers) + self._cancelling > MOST_ANSWERS:
                 self._caught_up = trio.Event()
                 await self._caught_up.wait()
+
+    async def _handle(self, data: str | bytes, nursery: trio.Nursery) -> None:
+        if self._close_code is not None:
+            return
+        frame = decode(data)
+        answers = [await self._dispatch(item) for item in frame.items]
+        if any(isinstance(answer, Cancelling) for answer in answers):
+            self._cancelling += 1
+            nursery.start_soon(self._answer_later, frame.is_batch, answers)
+        else:
+            self._answer(frame.is_batch, answers)
 
     async def _dispatch(self, item: Call | Invalid) -> JsonObject | Cancelling | None:
         if isinstance(item, Invalid):
@@ -187,13 +193,16 @@ class Connection:
             return params
         return msgspec.structs.replace(params, traceparent=self.traceparent)
 
-    async def _answer_later(self, frame: Frame, answers: list[Any]) -> None:
-        self._answer(frame, [await answer.answer() if isinstance(answer, Cancelling) else answer for answer in answers])
+    async def _answer_later(self, is_batch: bool, answers: list[Any]) -> None:
+        given = [await answer.answer() if isinstance(answer, Cancelling) else answer for answer in answers]
+        self._cancelling -= 1
+        self._answer(is_batch, given)
+        self.wake()  # also where there is no answer, the reader may wait for this
 
-    def _answer(self, frame: Frame, answers: list[Any]) -> None:
+    def _answer(self, is_batch: bool, answers: list[Any]) -> None:
         given = [answer for answer in answers if answer is not None]
         if given:
-            self._enqueue(given if frame.is_batch else given[0])
+            self._enqueue(given if is_batch else given[0])
 
     # Writing
 

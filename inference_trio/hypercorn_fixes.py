@@ -16,9 +16,8 @@ Then the socket is closed, the application is told, and the scope around the who
 that no task outlives its socket. A WebSocket handler learns of the end in one way only: it is cancelled.
 
 An application that does not read: its peer is made to wait (TCP's own back-pressure), which keeps memory
-bounded: by a handful of messages each in Hypercorn's queue and in Quart's. The price is that pings, pongs and a
-close by the peer wait as well, so the connection is dropped after ``pong_timeout`` of that. To drop it at the
-first full queue would punish clients that send a burst.
+bounded; `arriving` says when. The price is that pings, pongs and a close by the peer wait as well, so the connection
+is dropped after ``pong_timeout`` of that. To drop it at once would punish clients that send a burst.
 
 Left to the application: ``send`` on a closed stream returns without a checkpoint, so a loop around it needs one
 of its own; a handler that raises closes with 1000, so it has to close with 1011 itself;
@@ -45,7 +44,8 @@ from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 
-from .hypercorn_streams import Arriving, BoundedHTTPStream, BoundedWSStream, OnlyHTTP1
+from .arriving import Arriving
+from .hypercorn_streams import BoundedHTTPStream, BoundedWSStream, OnlyHTTP1
 
 LINGER = 5.0
 """Seconds for which a connection that we close is still read, and an application is told that it ended."""
@@ -74,8 +74,9 @@ class ServerLimits:
     ``max_message_bytes``: a WebSocket message, in UTF-8 where it is text, or the body of a request. A larger
     message is answered with close code 1009; of a larger body the application sees just enough to refuse it.
     ``max_connections``: open ones; a further one is answered with 503 at once.
-    ``max_arriving_bytes``: of messages and bodies that have not ended yet, on all connections together. Beyond it
-    those that are not small are refused, with close code 1013 or status 503.
+    ``max_arriving_bytes``: of messages and bodies that nobody is through with yet, on all connections together; beyond
+    it those that are not small have to wait, and the one that holds up others for longer than ``arriving_patience`` is
+    refused, with close code 1013 or status 503. At least one message has to find room.
     ``write_timeout``: how long a write, or `PIECE` bytes of a longer one, may take before the peer is dropped.
     ``ping_interval``, ``pong_timeout``: how often a WebSocket is pinged, and how long any peer may send nothing at
     all before it is dropped. The second must be larger than the first, and than any response takes.
@@ -85,6 +86,7 @@ class ServerLimits:
     max_message_bytes: int
     max_connections: int = 10_000
     max_arriving_bytes: int = 2**28
+    arriving_patience: float = 5.0
     write_timeout: float = 30.0
     ping_interval: float = 20.0
     pong_timeout: float = 60.0
@@ -124,7 +126,8 @@ class Hooks:
 def install(limits: ServerLimits, hooks: Hooks | None = None) -> None:
     """Make Hypercorn's Trio worker use these fixes in this process. The last call's arguments count."""
     hooks = hooks or Hooks()
-    places, arriving = trio.CapacityLimiter(limits.max_connections), Arriving(limits.max_arriving_bytes)
+    places = trio.CapacityLimiter(limits.max_connections)
+    arriving = Arriving(limits.max_arriving_bytes, limits.arriving_patience)
     hypercorn.trio.worker_serve = partial(_serve, hooks)  # type: ignore[attr-defined]
     hypercorn.trio.run.worker_serve = partial(_serve_command, hooks)
     hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits, places)  # type: ignore[assignment, attr-defined]

@@ -6,47 +6,33 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
-import attrs
 import h11
 import trio
-from hypercorn.config import Config
 from hypercorn.events import Closed, RawData
-from hypercorn.protocol.events import Body, EndBody, StreamClosed
+from hypercorn.protocol.events import Body, EndBody, Request, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
+from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, WebsocketAcceptEvent
 from quart_trio.wrappers import TrioWebsocket
-from wsproto.events import CloseConnection, Message, Ping
+from wsproto.events import CloseConnection, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 
-QUEUED_MESSAGES = 4
-"""Messages waiting for a handler in `BoundedWebsocket`."""
+from .arriving import Arriving, Inbox, Share
 
 HTTP_1_1_REQUIRED = bytes.fromhex("000000040000000000000008070000000000000000000000000d")
 """What a server may answer to HTTP/2: its settings, none, and GOAWAY with this code (RFC 9113, sections 6.8 and 7)."""
 
 
-SMALL = 16 * 1024
-"""Bytes of a message or body that may always arrive."""
-
 TRY_AGAIN_LATER = 1013
 """WebSocket close code for an overload (IANA's registry of close codes)."""
 
-
-@attrs.define
-class Arriving:
-    """Bytes of messages and bodies that have not ended yet, of all connections together."""
-
-    limit: int
-    used: int = 0
-
-    def is_too_much(self, size: int) -> bool:
-        """Whether one that holds so much has to go, so that small ones find room whatever large ones do."""
-        return self.used > self.limit and size > SMALL
+_INBOX = "inference_trio.inbox"
+"""Where in a WebSocket's scope its `Inbox` is, in ``state``."""
 
 
 class OnlyHTTP1(H11Protocol):
@@ -77,40 +63,34 @@ class BoundedHTTPStream(HTTPStream):
 
     def __init__(self, arriving: Arriving, *args: Any) -> None:
         super().__init__(*args)
-        self._arriving = arriving
+        self._share = Share(arriving, self._give_way)
         self._body_size = 0
 
     async def handle(self, event: StreamEvent) -> None:
-        if self._passed and isinstance(event, (Body, EndBody)):
+        if isinstance(event, StreamClosed):
+            self._share.end()
+        elif self._share.is_over or (self._passed and isinstance(event, (Body, EndBody))):
             return
         if isinstance(event, Body):
-            self._count(len(event.data))
-            if self._arriving.is_too_much(self._body_size) and self.state is ASGIHTTPState.REQUEST:
-                await self._send_error_response(503)
-                await self.send(StreamClosed(stream_id=event.stream_id))
-                return
-        elif isinstance(event, StreamClosed):
-            self._count(-self._body_size)
+            self._body_size += len(event.data)
+            self._share.hold(self._body_size)
         await super().handle(event)
-        if isinstance(event, Body) and self._passed:
-            await super().handle(EndBody(stream_id=event.stream_id))
+        if isinstance(event, Body):
+            if self._passed:
+                await super().handle(EndBody(stream_id=event.stream_id))
+            await self._share.wait_for_room()
 
-    def _count(self, size: int) -> None:
-        self._body_size += size
-        self._arriving.used += size
+    def _give_way(self) -> None:
+        self.task_group.spawn(self._refuse)
+
+    async def _refuse(self) -> None:
+        if self.state is ASGIHTTPState.REQUEST and not self.closed:
+            await self._send_error_response(503)
+            await self.send(StreamClosed(stream_id=self.stream_id))
 
     @property
     def _passed(self) -> bool:
         return self._body_size > self.config.wsgi_max_body_size
-
-
-class BytesCountingBuffer(WebsocketBuffer):
-    """Counts text in bytes of UTF-8; Hypercorn counts characters."""
-
-    def extend(self, event: Message[Any]) -> None:
-        if isinstance(event.data, str):
-            self.length += len(event.data.encode()) - len(event.data)
-        super().extend(event)
 
 
 class BoundedWSStream(WSStream):
@@ -118,16 +98,17 @@ class BoundedWSStream(WSStream):
 
     app_put: Callable[..., Awaitable[None]]
 
-    def __init__(self, arriving: Arriving, app: Any, config: Config, *args: Any) -> None:
-        super().__init__(app, config, *args)
-        self._arriving = arriving
-        self._counted = 0
+    def __init__(self, arriving: Arriving, *args: Any) -> None:
+        super().__init__(*args)
+        self._inbox = Inbox(Share(arriving, self._give_way))
         self.app_put = _discard
-        self.buffer = BytesCountingBuffer(config.websocket_max_message_size)
 
     async def handle(self, event: StreamEvent) -> None:
-        if isinstance(event, StreamClosed):
-            self._forget_message()
+        if isinstance(event, Request):
+            # Messages go to `BoundedWebsocket` this way: on the way through Quart they would wait uncounted.
+            event = replace(event, state={**event.state, _INBOX: self._inbox})  # type: ignore[arg-type]
+        elif isinstance(event, StreamClosed):
+            self._inbox.close()
         await super().handle(event)
 
     async def _accept(self, message: WebsocketAcceptEvent) -> None:
@@ -139,6 +120,7 @@ class BoundedWSStream(WSStream):
         if message is None:
             # The application has ended: to tell it of the disconnect would wait for room in its queue.
             self.app_put = _discard
+            self._inbox.close()
         await super().app_send(message)
 
     async def _handle_events(self) -> None:
@@ -152,63 +134,42 @@ class BoundedWSStream(WSStream):
             elif isinstance(event, CloseConnection):
                 # The peer's close, or wsproto's verdict on a bad frame, which Hypercorn keeps to itself.
                 await self._end(event.response())
-            if self.closed:
+            if self.closed or self._inbox.share.is_over:
                 return
 
     async def _handle_message(self, event: Message[Any]) -> None:
-        try:
-            self.buffer.extend(event)
-        except FrameTooLargeError:
-            # Hypercorn sends the close frame too, but then keeps the socket and the buffer.
+        if self._inbox.extend(event.data) > self.config.websocket_max_message_size:
+            # Hypercorn sends the close frame too, but counts characters, and then keeps the socket and the message.
             await self._end(CloseConnection(code=CloseReason.MESSAGE_TOO_BIG))
             return
-        self._count_message()
-        if self._arriving.is_too_much(self.buffer.length):
-            await self._end(CloseConnection(code=TRY_AGAIN_LATER))
-        elif event.message_finished:
-            await self.app_put(self.buffer.to_message())
-            self._forget_message()
+        if event.message_finished:
+            self._inbox.finish(isinstance(event, TextMessage))
+        await self._inbox.wait_for_room()
+
+    def _give_way(self) -> None:
+        self._inbox.close()
+        self.task_group.spawn(self._end, CloseConnection(code=TRY_AGAIN_LATER))
 
     async def _end(self, close: CloseConnection) -> None:
-        self._forget_message()
-        await self._send_wsproto_event(close)
-        await self.send(StreamClosed(stream_id=self.stream_id))
-
-    def _forget_message(self) -> None:
-        self.buffer.clear()
-        self._count_message()
-
-    def _count_message(self) -> None:
-        self._arriving.used += self.buffer.length - self._counted
-        self._counted = self.buffer.length
+        self._inbox.close()
+        if not self.closed:
+            await self._send_wsproto_event(close)
+            await self.send(StreamClosed(stream_id=self.stream_id))
 
 
 async def _discard(event: ASGIReceiveEvent) -> None:
     """Take what nobody will receive."""
 
 
-class BoundedBuffer:
-    """What Quart-Trio 0.13 keeps for a handler, which has no bound of its own. 0.12 keeps ten messages instead."""
-
-    def __init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel[bytes | str](QUEUED_MESSAGES)
-
-    async def put(self, data: bytes | str) -> None:
-        await self._send.send(data)
-
-    async def get(self) -> bytes | str:
-        return await self._receive.receive()
-
-    def disconnect(self) -> None:
-        """Nothing: the handler is cancelled next, and would otherwise log an error for each disconnect."""
-
-
 class BoundedWebsocket(TrioWebsocket):
-    """``app.websocket_class``, on Quart-Trio 0.12 and 0.13."""
+    """``app.websocket_class``: takes its messages from the `Inbox` of its `BoundedWSStream`.
 
-    buffer_class = BoundedBuffer
+    What Quart-Trio keeps for a handler has no bound in bytes, and none in number in 0.13. And it holds on to the last
+    message until the next one comes.
+    """
 
     async def receive(self) -> bytes | str:
-        """The next message. Quart takes an empty binary one for a missing one: ``None``."""
-        message: bytes | str | None = await super().receive()
-        return b"" if message is None else message
+        """The next message. Whoever asks for it is through with the one before."""
+        await self.accept()
+        inbox: Inbox = self.scope["state"][_INBOX]
+        return await inbox.take()

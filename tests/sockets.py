@@ -46,7 +46,7 @@ class Client:
     async def message(self) -> str:
         """The next message, which is text."""
         event = await self.next(Message)
-        assert isinstance(event, TextMessage)
+        assert isinstance(event, TextMessage), event
         return event.data
 
     async def close_code(self) -> int:

@@ -79,6 +79,7 @@ ORDER = (
     "connection",
     "stores",
     "browsers",
+    "arriving",
     "hypercorn_streams",
     "hypercorn_fixes",
     "metrics",

@@ -12,7 +12,7 @@ import json
 import socket
 import struct
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -430,16 +430,52 @@ async def test_sessions_without_an_end_are_refused_in_number_and_in_size(tmp_pat
             assert set(statuses) == {200, 503}
 
 
-async def test_what_never_ends_is_bounded_over_all_connections(tmp_path: Path, record: Any) -> None:
-    body = POST % b"Content-Length: 4000000" + bytes(3_000_000)
-    message = masked(0x02, 3_000_000) + bytes(3_000_000)
-    with serving(tmp_path, {}, INFERENCE_MEMORY_BYTES=str(64 * MEGABYTE)) as target:
-        async with attack(target, record, megabytes=64) as attacker, AsyncExitStack() as held:
+ALMOST_4_MB = 3_900_000
+GENERATE = b'{"jsonrpc":"2.0","id":1,"method":"generate","params":{"message":"' + b"x" * ALMOST_4_MB + b'"}}'
+QUESTION = masked(0x82, len(DISCOVER)) + DISCOVER
+PUSHES = {
+    "requests, without reading the answers": [QUESTION * 2000, *[masked(0x82, len(GENERATE)) + GENERATE] * 1000],
+    "a message without an end": [masked(0x02, ALMOST_4_MB) + bytes(ALMOST_4_MB), *[masked(0x00, 1) + b"x"] * 1000],
+}
+
+
+async def push_messages(attacker: Attack, pieces: Iterable[bytes], ended: trio.MemorySendChannel[None]) -> None:
+    while True:
+        async with attacker.socket() as client:
+            await pour(client.stream, pieces)
+            await pour_out(client.stream)
+            await ended.send(None)
+
+
+async def push_bodies(attacker: Attack, ended: trio.MemorySendChannel[None]) -> None:
+    while True:
+        async with await trio.open_tcp_stream("127.0.0.1", attacker.port) as stream:
+            await pour(stream, [POST % b"Content-Length: 4000000" + bytes(ALMOST_4_MB)])
+            await pour_out(stream)
+            await ended.send(None)
+
+
+async def test_what_sixty_clients_push_at_once_is_bounded_and_small_requests_get_through(
+    tmp_path: Path, record: Any
+) -> None:
+    """Of what comes 16 MB may wait, and tasks may hold 64 MB; as much again is for reading and sending it."""
+    variables = {"INFERENCE_MEMORY_BYTES": str(64 * MEGABYTE), "INFERENCE_RESUME_WINDOW": "0.2"}
+    ended, endings = trio.open_memory_channel[None](0)
+    with serving(tmp_path, {"arriving_patience": 0.2}, **variables) as target:
+        async with (
+            attack(target, record, answers.hang(), megabytes=160) as attacker,
+            attacker.socket() as client,
+            trio.open_nursery() as attackers,
+        ):
+            for _ in range(20):
+                for pieces in PUSHES.values():
+                    attackers.start_soon(push_messages, attacker, pieces, ended)
+                attackers.start_soon(push_bodies, attacker, ended)
             for _ in range(30):
-                body_client = await trio.open_tcp_stream("127.0.0.1", attacker.port)
-                await pour(await held.enter_async_context(body_client), [body])
-                message_client = await held.enter_async_context(attacker.socket())
-                await pour(message_client.stream, [message])
+                await client.send(BytesMessage(data=CANCEL))
+                assert json.loads(await client.message())["result"] == {"cancelled": []}
+                await endings.receive()
+            attackers.cancel_scope.cancel()
 
 
 async def test_connections_beyond_the_limit_are_refused(tmp_path: Path, record: Any) -> None:

@@ -1,0 +1,154 @@
+"""What clients have sent and nobody is through with yet: kept within one limit, over all connections.
+
+A message counts from its first byte until its handler asks for the next one, a body until its request is over.
+Nothing is queued elsewhere. Two rules keep it bounded:
+
+* Of a connection that has more than `SMALL` waiting for its handler nothing is read: TCP makes its peer wait.
+* While all together are over the limit, the same holds for a message or body larger than `SMALL` that is still
+  coming, but for the one that began first: that one comes to its end and makes room. Those that wait go on one at a
+  time, in order. Where somebody has to wait, and the first one has had ``patience`` seconds in which it did not have
+  to, it gives way: what it holds is dropped, and so is its connection.
+
+So small ones always come through, large ones wait at most for those who hold up everybody, and a client that is alone
+never waits. Besides the limit a connection may hold `SMALL`, and what one read from its socket gives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import attrs
+import trio
+
+from .outbox import Budget
+
+SMALL = 16 * 1024
+"""Bytes."""
+
+_OVERHEAD = 100
+"""Bytes for the objects that hold a message; an empty one has to count too."""
+
+
+@attrs.define(eq=False)
+class Arriving:
+    """All there is. ``patience`` in seconds."""
+
+    limit: int
+    patience: float
+    budget: Budget = attrs.field(default=attrs.Factory(lambda self: Budget(self.limit), takes_self=True))
+    large: dict[Share, float] = attrs.field(factory=dict)
+    """Those that hold more than `SMALL`, those first who did so first. And since when, less the time of waiting."""
+
+    @property
+    def first(self) -> Share | None:
+        return next(iter(self.large), None)
+
+
+@attrs.define(eq=False)
+class Share:
+    """What one connection holds of it, in bytes. ``give_way`` is called, once, when it has to be dropped."""
+
+    arriving: Arriving
+    give_way: Callable[[], None]
+    size: int = 0
+    is_over: bool = False
+    turn: trio.Event = attrs.field(factory=trio.Event)
+
+    def hold(self, size: int) -> None:
+        """From now on it is this much."""
+        if self.is_over:
+            return
+        change, self.size = size - self.size, size
+        large = self.arriving.large
+        if size > SMALL:
+            large.setdefault(self, trio.current_time())
+        elif large.pop(self, None) is not None and (first := self.arriving.first):
+            first.turn.set()
+        if change > 0:
+            self.arriving.budget.add(change)
+        else:
+            self.arriving.budget.release(-change)
+
+    def end(self) -> None:
+        """It holds nothing any more, and never will."""
+        self.hold(0)
+        self.is_over = True
+        self.turn.set()
+
+    async def wait_for_room(self) -> None:
+        """Returns when there is room for more, or this has ended."""
+        began = trio.current_time()
+        while self._has_to_wait and (first := self.arriving.first):
+            self.turn = trio.Event()
+            with self.arriving.budget.queueing(self.turn.set):
+                with trio.move_on_at(self.arriving.large[first] + self.arriving.patience) as waiting:
+                    await self.turn.wait()
+            if waiting.cancelled_caught and self._has_to_wait and self.arriving.first is first:
+                first.end()
+                first.give_way()
+        if self in self.arriving.large:
+            self.arriving.large[self] += trio.current_time() - began
+
+    @property
+    def _has_to_wait(self) -> bool:
+        return self.size > SMALL and self.arriving.budget.is_exceeded and self.arriving.first is not self
+
+
+@attrs.define(eq=False)
+class Inbox:
+    """The messages of one WebSocket: the one that is coming, and those that are complete."""
+
+    share: Share
+    _coming: bytearray = attrs.field(factory=bytearray)
+    _complete: deque[tuple[bytes | str, int]] = attrs.field(factory=deque)
+    _waiting: int = 0
+    """Bytes of those that are complete, and of those that the handler has not finished with."""
+    _taken: int = 0
+    """Of these, the one that the handler has."""
+    _changed: trio.Event = attrs.field(factory=trio.Event)
+
+    def extend(self, data: str | bytes) -> int:
+        """Adds to the message that is coming, whose size in bytes is returned."""
+        self._coming += data.encode() if isinstance(data, str) else data
+        self._count()
+        return len(self._coming)
+
+    def finish(self, is_text: bool) -> None:
+        """The message that was coming is complete. Text has to be UTF-8."""
+        size = len(self._coming) + _OVERHEAD
+        self._waiting += size
+        self._complete.append((self._coming.decode() if is_text else bytes(self._coming), size))
+        self._coming = bytearray()
+        self._changed.set()
+        self._count()
+
+    async def wait_for_room(self) -> None:
+        """Returns when more may be read, or nothing more will be."""
+        while self._waiting > SMALL and not self.share.is_over:
+            await self._change()
+        await self.share.wait_for_room()
+
+    async def take(self) -> bytes | str:
+        """The next message; whoever asks for it is through with the one before."""
+        self._waiting, self._taken = self._waiting - self._taken, 0
+        self._changed.set()
+        self._count()
+        while not self._complete:
+            await self._change()
+        message, self._taken = self._complete.popleft()
+        return message
+
+    def close(self) -> None:
+        self._coming = bytearray()
+        self._complete.clear()
+        self.share.end()
+        self._changed.set()
+
+    async def _change(self) -> None:
+        if self._changed.is_set():
+            self._changed = trio.Event()
+        await self._changed.wait()
+
+    def _count(self) -> None:
+        self.share.hold(len(self._coming) + self._waiting)
