@@ -131,12 +131,20 @@ class Access:
         owners = self.owners.values() if self.needs_token else (self.anyone,)
         return next((owner for owner in owners if (owner.name or "") == name), None)
 
-    def admits(self, origin: str, host: str) -> bool:
-        """Whether a page from ``origin`` may use the server that it reached as ``host``."""
+    def admits(self, origin: str, host: str, *, is_tls: bool = False) -> bool:
+        """Whether a page from ``origin`` may use the server that it reached as ``host``.
+
+        Where this server speaks TLS itself, only a page that came by TLS is its own. Else both kinds are: a proxy in
+        front may speak TLS, and what it says of that (``X-Forwarded-Proto``) anybody could say.
+        """
         if origin in self.origins:
             return True
         page = _address(origin)
-        is_own = page is not None and page == _address(f"{urlsplit(origin).scheme}://{host}")
+        is_own = (
+            page is not None
+            and (origin.startswith("https:") or not is_tls)
+            and page == _address(f"{urlsplit(origin).scheme}://{host}")
+        )
         return is_own and (self.needs_token or is_unmistakable(page[0] if page else ""))
 
 

@@ -52,28 +52,37 @@ class BrowserRules:
     _access: Access
 
     async def before_request(self) -> None:
-        self._refuse_foreign_page(request.headers)
+        self._refuse_foreign_page(request.headers, request.scheme)
 
     async def before_websocket(self) -> None:
-        self._refuse_foreign_page(websocket.headers)
+        self._refuse_foreign_page(websocket.headers, websocket.scheme)
+
+    async def after_websocket(self, response: Response | None) -> Response | None:
+        """A handshake that is refused has a response, one that is accepted has none."""
+        return response and self._protected(response)
 
     async def after_request(self, response: Response) -> Response:
-        for name, value in _HEADERS.items():
-            response.headers.setdefault(name, value)
+        self._protected(response)
         response.vary.add("Origin")
-        if self._page_is_admitted(request.headers):
+        if self._page_is_admitted(request.headers, request.scheme):
             response.headers.update(_CORS_HEADERS)
             response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
         return response
 
-    def _refuse_foreign_page(self, headers: Headers) -> None:
-        if self._page_is_admitted(headers) is False:
+    def _protected(self, response: Response) -> Response:
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    def _refuse_foreign_page(self, headers: Headers, scheme: str) -> None:
+        if self._page_is_admitted(headers, scheme) is False:
             origin = headers["Origin"][:200]
             raise Forbidden(
                 f"Pages from {origin} may not use this server; INFERENCE_ALLOWED_ORIGINS names those that may"
             )
 
-    def _page_is_admitted(self, headers: Headers) -> bool | None:
+    def _page_is_admitted(self, headers: Headers, scheme: str) -> bool | None:
         """``None`` where no page is named: then it is no browser, or nothing that a page could misuse."""
         origin = headers.get("Origin")
-        return None if origin is None else self._access.admits(origin.lower(), headers.get("Host", ""))
+        is_tls = scheme in ("https", "wss")
+        return None if origin is None else self._access.admits(origin.lower(), headers.get("Host", ""), is_tls=is_tls)

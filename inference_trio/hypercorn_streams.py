@@ -31,6 +31,9 @@ HTTP_1_1_REQUIRED = bytes.fromhex("000000040000000000000008070000000000000000000
 TRY_AGAIN_LATER = 1013
 """WebSocket close code for an overload (IANA's registry of close codes)."""
 
+_TOKENS = (b"connection", b"sec-websocket-protocol", b"sec-websocket-extensions")
+"""Headers that are lists of tokens, which are ASCII (RFC 9110, section 5.6.2)."""
+
 _INBOX = "inference_trio.inbox"
 """Where in a WebSocket's scope its `Inbox` is, in ``state``."""
 
@@ -47,11 +50,15 @@ class OnlyHTTP1(H11Protocol):
         """An upgrade may be ignored, and is (RFC 9110, section 7.8)."""
 
     async def _create_stream(self, request: h11.Request) -> None:
-        if request.http_version.startswith(b"1"):
-            await super()._create_stream(request)
-        else:
+        if not request.http_version.startswith(b"1"):
             await self.send(RawData(HTTP_1_1_REQUIRED))
             await self.send(Closed())
+        elif not all(value.isascii() for name, value in request.headers if name in _TOKENS):
+            # Hypercorn decodes these as ASCII, and the connection fails where they are not.
+            await self._send_error_response(400)
+            await self.send(Closed())
+        else:
+            await super()._create_stream(request)
 
 
 class BoundedHTTPStream(HTTPStream):

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 import attrs
 import msgspec
 
-from .protocol import ReasoningChunk, TaskNotification, TextChunk
+from .protocol import End, Error, ReasoningChunk, TaskNotification, TextChunk
 
 _OVERHEAD = 160
 """Bytes for a frame's envelope, the ids and the Python objects that hold an entry."""
@@ -128,6 +128,11 @@ class Outbox:
     def unsent(self) -> int:
         """Bytes that wait to be taken."""
         return self._unsent_bytes
+
+    @property
+    def unsent_ends(self) -> int:
+        """Tasks whose end waits to be taken."""
+        return sum(isinstance(entry.note, End | Error) for entry in self._unsent)
 
     @property
     def is_full(self) -> bool:

@@ -93,6 +93,7 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     app.before_request(rules.before_request)
     app.before_websocket(rules.before_websocket)
     app.after_request(rules.after_request)
+    app.after_websocket(rules.after_websocket)  # type: ignore[type-var]  # Quart's type leaves the async ones out
     app.after_request(service.count_refusal)
     app.after_websocket(service.count_refusal)
     app.errorhandler(InferenceError)(refuse)

@@ -7,6 +7,7 @@ is told of the gap), sessions in use keep nothing for replay, and what is new is
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from .running import RunnersEnding, RunningTasks
 from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Attachment, Session
 from .settings import Settings
 from .task import TaskState
+
+logger = logging.getLogger(__name__)
 
 SERVICE_RESTART = 1012
 """WebSocket close code for a server that stops (IANA's registry of close codes)."""
@@ -180,6 +183,8 @@ class SessionStore:
         limit = self.settings.drain_seconds
         self.drains_until = trio.current_time() + limit
         await wind_down(lambda: list(self._sessions.values()), limit)
+        if lost := sum(session.outbox.unsent_ends for session in self._sessions.values()):
+            logger.warning("tasks whose end no client has fetched, and which is lost now: %d", lost)
 
     def refuse_when_draining(self) -> None:
         """Raises OverloadedError where the server is stopping."""

@@ -90,11 +90,16 @@ def token_pairs(text: str) -> Mapping[str, Secret]:
 
 
 def origins(text: str) -> frozenset[str]:
-    origins = frozenset(origin.lower().rstrip("/") for origin in names(text))
-    for origin in origins:
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
-            raise ValueError("origins such as https://app.example.com, comma-separated")
-    return origins
+    """As a browser writes them in ``Origin``: in lower case, without the port where it is the scheme's own."""
+    return frozenset(_origin(name.lower().rstrip("/")) for name in names(text))
+
+
+def _origin(text: str) -> str:
+    parts = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/?#@\s:\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?", text)
+    if not (parts and text.isascii()):
+        raise ValueError("origins such as https://app.example.com, comma-separated")
+    is_default = (parts[1], parts[3]) in {("http", "80"), ("https", "443")}
+    return f"{parts[1]}://{parts[2]}" if is_default else text
 
 
 def file_path(text: str) -> Path | None:

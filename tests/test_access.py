@@ -141,6 +141,19 @@ def test_a_name_that_others_may_point_here_is_the_servers_own_only_with_a_token(
     assert not listed.admits("http://chat.example", "10.0.0.1:8000")
 
 
+def test_a_listed_origin_may_name_the_port_that_browsers_leave_out() -> None:
+    listed = access(
+        INFERENCE_ALLOWED_ORIGINS="https://a.example:443, http://b.example:80, https://c.example:80, http://[::1]:80"
+    )
+    assert listed.origins == {"https://a.example", "http://b.example", "https://c.example:80", "http://[::1]"}
+
+
+def test_a_page_without_tls_is_not_of_a_server_with_it() -> None:
+    assert access().admits("https://10.1.2.3", "10.1.2.3", is_tls=True)
+    assert not access().admits("http://10.1.2.3", "10.1.2.3", is_tls=True)
+    assert access().admits("https://10.1.2.3", "10.1.2.3"), "a proxy may speak TLS for it"
+
+
 @pytest.mark.parametrize(
     ("bind", "expected"),
     [

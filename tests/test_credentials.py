@@ -46,8 +46,12 @@ async def created(server: Server, token: str = ALICE) -> dict[str, str]:
 
 async def refusal(server: Server, path: str, headers: dict[str, str]) -> int:
     """The status with which a WebSocket handshake is refused."""
+    return (await refused_handshake(server, path, headers)).status_code
+
+
+async def refused_handshake(server: Server, path: str, headers: dict[str, str]) -> httpx2.Response:
     async with httpx2.AsyncClient(base_url=server.url) as http:  # the server closes the connection
-        return (await http.get(path, headers=HANDSHAKE | headers)).status_code
+        return await http.get(path, headers=HANDSHAKE | headers)
 
 
 def protocols(ticket: str) -> dict[str, str]:
@@ -212,11 +216,15 @@ async def test_a_preflight_is_answered_for_a_page_that_is_listed_without_a_token
 
 async def test_every_response_tells_browsers_to_be_careful() -> None:
     async with serving() as server:
+        session_id = (await created(server))["session_id"]
         for response in (
             await server.get("/healthz"),
             await server.post(),
             await server.get("/nowhere"),
             await server.post(headers=bearer(ALICE)),
+            await refused_handshake(server, f"/ws/{session_id}", {}),
+            await refused_handshake(server, f"/ws/{session_id}", FOREIGN),
+            await refused_handshake(server, "/ws/nobody", bearer(ALICE)),
         ):
             assert response.headers["content-security-policy"] == CONTENT_SECURITY_POLICY
             assert response.headers["x-content-type-options"] == "nosniff"

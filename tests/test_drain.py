@@ -28,6 +28,7 @@ AN_HOUR = "3600"
 COMMANDS = pytest.mark.parametrize(
     "command", [SERVE, HYPERCORN, WITHOUT_WORKERS], ids=["serve", "hypercorn", "hypercorn without workers"]
 )
+UNFETCHED = "tasks whose end no client has fetched, and which is lost now"
 LAST_RESORT = "the process ends without it"
 SCRIPT = [answers.text("Hel"), answers.pause("go on"), answers.reply("lo")]
 
@@ -84,6 +85,30 @@ async def test_what_runs_ends_what_is_new_is_refused_and_clients_are_told(
         assert end["params"]["final_text"] == "Hello"
         assert await close_code(client) == 1012
         assert await it.process.ended() == 0
+
+
+async def test_a_client_that_was_cut_off_comes_back_while_the_server_stops_and_gets_the_rest(tmp_path: Path) -> None:
+    async with serving(tmp_path) as it:
+        async with it.generating() as client:
+            it.stop()
+            assert (await client.hear())["method"] == "draining"
+        async with it.server.connect(client.session_id, "?after=1") as again:
+            assert [(await again.hear())["method"] for _ in range(2)] == ["resumed", "draining"]
+            it.upstream.gate("go on").set()
+            *_, end = await again.until_end()
+            assert end["params"]["final_text"] == "Hello"
+            assert await close_code(again) == 1012
+        assert await it.process.ended() == 0
+        assert UNFETCHED not in it.process.console.read_text()
+
+
+async def test_what_nobody_has_fetched_when_the_server_stops_is_said_to_be_lost(tmp_path: Path) -> None:
+    async with serving(tmp_path, drain_seconds="0") as it:
+        async with it.generating():
+            pass
+        it.stop()
+        assert await it.process.ended() == 0
+        assert f"{UNFETCHED}: 1" in it.process.console.read_text()
 
 
 @pytest.mark.parametrize("command", [SERVE, HYPERCORN], ids=["serve", "hypercorn"])

@@ -39,7 +39,7 @@ from wsproto.events import BytesMessage, CloseConnection, Message, Ping, Pong, T
 
 from inference_trio import hypercorn_fixes
 from inference_trio.hypercorn_fixes import ServerLimits, install
-from inference_trio.hypercorn_streams import BoundedWebsocket
+from inference_trio.hypercorn_streams import BoundedWebsocket, OnlyHTTP1
 from tests.sockets import HANDSHAKE, Client, connected, everything, pour
 
 MEGABYTE = 2**20
@@ -442,16 +442,38 @@ async def open_and_close_a_connection(**settings: object) -> None:
 
 
 async def test_a_connection_that_fails_is_logged_and_leaves_the_others_alone(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(LIMITS)
+
+    async def fail(*_: object) -> None:
+        raise ValueError("of Hypercorn's own")
+
     async with serving(ToyApp(), errorlog=logging.getLogger("hypercorn.error")) as port:
-        await send_handshake_that_is_not_ascii(port)
+        with monkeypatch.context() as patch:
+            patch.setattr(OnlyHTTP1, "_check_protocol", fail)
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(POST % b"")
+                assert await everything(stream) == b""
         async with connected(port) as client:
             await client.send(TextMessage(data="still here"))
             assert await client.message() == "'still here'"
     assert "A connection failed" in caplog.messages
-    assert "UnicodeDecodeError" in caplog.text
+    assert "of Hypercorn's own" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "header", [b"Sec-WebSocket-Protocol: ticket.\xff", b"Connection: \xff, Upgrade", b"Sec-WebSocket-Extensions: \xff"]
+)
+async def test_a_handshake_that_is_not_ascii_is_refused(header: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    install(LIMITS)
+    async with (
+        serving(ToyApp(), errorlog=logging.getLogger("hypercorn.error")) as port,
+        await trio.open_tcp_stream("127.0.0.1", port) as stream,
+    ):
+        await stream.send_all(HANDSHAKE % (b"/echo", header + b"\r\n"))
+        assert (await everything(stream)).startswith(b"HTTP/1.1 400")
+    assert caplog.messages == []
 
 
 async def test_without_it_one_handshake_ends_the_whole_server() -> None:
