@@ -178,8 +178,8 @@ class BoundedTCPServer(TCPServer):
     async def run(self) -> None:
         """Serve the connection. Never raises an `Exception`.
 
-        An error of Hypercorn's own ends the whole server otherwise, and a peer can provoke one: with a byte
-        that is not ASCII in ``Sec-WebSocket-Protocol``.
+        An error of Hypercorn's own ends the whole server otherwise, and a peer can provoke one, with a byte that is
+        not ASCII in ``Sec-WebSocket-Protocol``: that one is refused now, and there may be others.
         """
         try:
             self._places.acquire_on_behalf_of_nowait(self)
