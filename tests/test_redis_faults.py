@@ -228,6 +228,8 @@ async def test_when_redis_is_away_for_too_long_connections_are_closed_and_tasks_
                 await it.stores[0].get(socket.session_id)
         finally:
             redis.go_on()
+        while not all(map(is_ready, it.stores)):
+            await pause()
         redis.ask("ZADD", f"{life.for_all}:leases", "1", life.id)  # as it will be after some seconds
         frames = await whole(it, 1, socket.session_id)
         assert frames[-1]["params"]["error"]["data"] == {"reason": "worker lost", "partial_text": "Hel"}
