@@ -307,10 +307,11 @@ async def test_when_redis_has_forgotten_everything_connections_are_closed_and_ta
 ) -> None:
     async with mortals(redis, [text("Hel"), hang]) as it:
         socket, _ = await it.started(0)
+        elsewhere = it.stores[1].worker
         await trio.to_thread.run_sync(redis.forget)
         await socket.gone.wait()
         assert socket.close_code == 1012
-        while it.model.streaming or not is_ready(it.stores[1]):
+        while it.model.streaming or not elsewhere.is_over or not is_ready(it.stores[1]):
             await pause()
         assert await it.stores[1].get(socket.session_id) is None
 
