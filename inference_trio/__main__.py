@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from . import __version__
 
@@ -87,7 +88,11 @@ def _port(text: str) -> int:
 
 
 def _url(text: str) -> str:
-    if not re.match(r"(http|ws)s?://[^/]", text):
+    try:
+        is_url = re.match(r"(http|ws)s?://[^/]", text) and urlsplit(text).port != 0
+    except ValueError:
+        is_url = False
+    if not is_url:
         raise argparse.ArgumentTypeError(f"expected something like http://127.0.0.1:8000, got {text!r}")
     return text
 

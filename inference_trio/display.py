@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from typing import Any, Protocol, TextIO
@@ -26,6 +25,7 @@ from .client import (
     ToolCall,
     ToolResult,
 )
+from .client.wire import as_json
 
 LONGEST_NOTICE = 300
 """Characters of a tool's arguments or result that are shown."""
@@ -86,7 +86,7 @@ def _short(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else bytes(as_json(value)).decode()
 
 
 @attrs.define
@@ -145,7 +145,7 @@ class JsonLines:
         self._write("error", {"code": error.code, "message": error.message, "data": error.data})
 
     def _write(self, kind: str, fields: dict[str, Any]) -> None:
-        self.out.write(json.dumps({"type": kind, **fields}, ensure_ascii=False, default=str) + "\n")
+        self.out.write(_json({"type": kind, **fields}) + "\n")
         self.out.flush()
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -21,6 +21,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from .client import InferenceError, Parameters, Result, Session, Tool, connect, tool
 from .client.tools import tools_of
+from .client.transport import check_token
 from .display import Display, JsonLines, OnTerminal, Plain
 from .errors import ConfigurationError
 from .own_server import own_server
@@ -44,7 +45,7 @@ def _run(options: argparse.Namespace) -> int:
     display = _display(options.json)
     try:
         tools = _load_tools(options.tool)
-        message = None if sys.stdin.isatty() else _piped()
+        message = None if sys.stdin and sys.stdin.isatty() else _piped()
         with (
             own_server() if options.url is None else nullcontext(options.url) as url,
             start_blocking_portal("trio") as portal,
@@ -60,9 +61,12 @@ def _run(options: argparse.Namespace) -> int:
         return UNREACHABLE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads has enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        if isinstance(error, BrokenPipeError):  # whoever reads has enough
+            return 128 + signal.SIGPIPE
+        sys.stderr.write(f"inference-trio: {error}\n")
+        return FAILED
 
 
 @contextmanager
@@ -82,7 +86,7 @@ def _signals_watched() -> Iterator[None]:
 
 
 def _piped() -> str:
-    message = sys.stdin.read().strip()
+    message = sys.stdin.buffer.read().decode(errors="replace").strip() if sys.stdin else ""
     if not message:
         raise ConfigurationError("expected a message on standard input, got nothing")
     return message
@@ -124,7 +128,12 @@ def load_tool(path: str) -> Tool:
 
 
 def _token() -> str | None:
-    return os.environ.get(TOKEN_VARIABLE) or None
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    try:
+        check_token(token or "")
+    except ValueError as error:
+        raise ConfigurationError(f"{TOKEN_VARIABLE}: {error}") from error
+    return token
 
 
 @attrs.define
@@ -163,13 +172,17 @@ class Chat:
 
     def ask(self, message: str) -> int:
         """Returns the exit status for this answer. The first Ctrl-C cancels it, the second raises KeyboardInterrupt."""
-        with self._cancelled_by_control_c() as scope:
+        with self._cancelled_by_control_c() as scope, self._answers_alone():
             try:
                 result = self.portal.call(self._generate, message, scope)
             except InferenceError as error:
                 self.display.error(error)
                 return FAILED
         return INTERRUPTED if result.status == "cancelled" else 0
+
+    def _answers_alone(self) -> AbstractContextManager[object]:
+        """What tools print does not go among the answers."""
+        return nullcontext() if isinstance(self.display, OnTerminal) else contextlib.redirect_stdout(sys.stderr)
 
     @contextmanager
     def _cancelled_by_control_c(self) -> Iterator[trio.CancelScope]:

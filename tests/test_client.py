@@ -17,6 +17,7 @@ from inference_trio.client import (
     BrokenStreamError,
     ClosedError,
     DefectError,
+    Generation,
     InferenceError,
     OverloadedError,
     Parameters,
@@ -237,9 +238,28 @@ async def test_misuse_is_told() -> None:
             await task.__aenter__()
         with pytest.raises(TypeError, match="JSON"):
             it.session.generate("hi", response_format={"type": object()})
-        with pytest.raises(ValueError, match="http"):
-            async with connect("127.0.0.1:8000"):
-                pass
+        for empty in ("", []):
+            with pytest.raises(ValueError, match="not empty"):
+                it.session.generate(empty)
+        for url in ("127.0.0.1:8000", "http://127.0.0.1:abc", "http://127.0.0.1:0"):
+            with pytest.raises(ValueError, match=r"http|[Pp]ort"):
+                async with connect(url):
+                    pass
+
+
+async def test_a_generation_that_is_read_by_two_does_not_hang() -> None:
+    got = []
+
+    async def read(task: Generation) -> None:
+        got.extend([event async for event in task])
+
+    async with running([answers.text("Hel"), answers.pause("go on"), answers.reply("lo")]) as it:
+        async with it.session.generate("hi") as task, trio.open_nursery() as nursery:
+            nursery.start_soon(read, task)
+            nursery.start_soon(read, task)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            it.upstream.gate("go on").set()
+        assert "".join(event.text for event in got if isinstance(event, TextChunk)) == "Hello"
 
 
 def test_in_asyncio_it_says_that_it_needs_trio() -> None:

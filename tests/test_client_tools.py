@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import enum
 import functools
@@ -16,6 +17,7 @@ import pytest
 import trio
 
 from inference_trio.client import Generation, Tool, ToolCall, ToolResult, ToolTimeoutError, connect, tool
+from inference_trio.client.wire import LONGEST_REASON
 from tests import answers
 from tests.client_bench import CALL, HELLO, Bench, running
 from tests.harness import PATIENCE, open_server, settings
@@ -265,6 +267,31 @@ async def test_of_a_group_of_exceptions_the_model_is_told_what_is_in_it() -> Non
     async with calling(look, {"at": "sea"}) as (_, task):
         events = [event async for event in task]
         assert events[1] == ToolResult("c1", "look", error="LookupError: no sea; KeyError: 'x'; OSError")
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (asyncio.CancelledError("gone"), "CancelledError: gone"),
+        (UnspeakableError(), "UnspeakableError"),
+        (ValueError("\ud800"), "ValueError: ?"),
+        (ValueError("x" * 5_000_000), f"ValueError: {'x' * 5_000_000}"[:LONGEST_REASON]),
+    ],
+    ids=["asyncio", "unspeakable", "surrogate", "long"],
+)
+async def test_whatever_is_raised_is_told_to_the_model_as_far_as_it_can_be(error: BaseException, told: str) -> None:
+    def look(at: str) -> None:
+        raise error
+
+    async with calling(look, {"at": "sea"}) as (it, task):
+        events = [event async for event in task]
+        assert events[1] == ToolResult("c1", "look", error=told)
+        assert told in it.upstream.requests[1].messages[-1]["content"]
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])

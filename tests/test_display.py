@@ -51,7 +51,7 @@ def test_markdown_is_finished_up_to_the_last_empty_line_outside_of_code(text: st
     ("event", "said"),
     [
         (call(at="sea", deep=True), "look(at='sea', deep=True)"),
-        (ToolResult("c1", "look", result={"saw": "é"}), 'look: {"saw": "é"}'),
+        (ToolResult("c1", "look", result={"saw": "é"}), 'look: {"saw":"é"}'),
         (ToolResult("c1", "look", error="no\nsea\x1b[2J"), "look has failed: no sea[2J"),
         (Disconnected(), "the connection is lost, connecting again"),
         (Resumed(gap=False), "connected again"),

@@ -76,7 +76,7 @@ def test_the_client_of_the_readme_prints_a_generation(tmp_path: Path) -> None:
     with running(SERVE, tmp_path, LLM_PROVIDER="local") as (_, url):
         host = url.removeprefix("http://")
         command = [sys.executable, "-W", "error", "-c", example("python", host)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
         assert ended.returncode == 0, ended.stderr
         text, usage = ended.stdout.rsplit("\n", 2)[:2]
         assert len(text) > 10

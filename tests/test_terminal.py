@@ -31,6 +31,10 @@ def look(at: str) -> dict:
     "Looks."
     return {"saw": at.upper()}
 
+def odd(at: str) -> dict:
+    print("among the answers")
+    return {(1, 2): float("nan")}
+
 not_callable = 1
 """
 
@@ -128,7 +132,7 @@ async def test_a_tool_is_called_and_shown(folder: Path) -> None:
         await screen.until("> ")
         screen.press("one\n")
         await screen.until("look(at='sea')")
-        await screen.until('look: {"saw": "SEA"}')
+        await screen.until('look: {"saw":"SEA"}')
         await screen.until("Hello")
 
 
@@ -154,7 +158,7 @@ async def test_as_json_on_a_terminal_the_prompts_are_not_in_the_output(folder: P
     async with serving(HELLO) as it, open_terminal(it.url, "--json", folder=folder, errors="prompts") as screen:
         await screen.until(READY)
         screen.press("one\n")
-        await screen.until('"type": "end"')
+        await screen.until('"type":"end"')
         await screen.until(READY)
         screen.press(CONTROL_D)
         assert await screen.process.wait() == 0
@@ -197,6 +201,43 @@ async def test_as_json_every_line_is_an_object(folder: Path) -> None:
         assert "".join(line["text"] for line in lines[3:-1]) == lines[-1]["final_text"] == "Hello"
         assert lines[-1]["type"] == "end"
         assert lines[-1]["usage"] == {"input_tokens": 14, "output_tokens": 6, "total_tokens": 20}
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+async def test_what_a_tool_prints_and_an_odd_result_do_no_harm(folder: Path, options: tuple[str, ...]) -> None:
+    odd = answers.calls(answers.tool_call(0, "c1", "odd", {"at": "sea"}))
+    async with serving(odd, HELLO) as it:
+        ended = await chat("hi", it.url, *options, "--tool", "my_tools:odd", folder=folder)
+        assert ended.returncode == 0
+        assert b"among the answers" in ended.stderr
+        if options:
+            assert json.loads(ended.stdout.splitlines()[1])["result"] == {"1,2": None}
+        else:
+            assert ended.stdout == b"Hello\n"
+
+
+async def test_bytes_that_are_no_utf_8_are_replaced(folder: Path) -> None:
+    async with serving(HELLO) as it, open_pipes(it.url, folder=folder) as process:
+        assert process.stdin
+        await process.stdin.send_all(b"caf\xe9")
+        await process.stdin.aclose()
+        assert await process.wait() == 0
+        assert it.upstream.requests[0].messages[-1]["content"] == "caf\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:abc", "http://[::1", "http://127.0.0.1:0", "127.0.0.1:8000"])
+async def test_a_url_that_is_none_has_status_2(folder: Path, url: str) -> None:
+    ended = await chat("hi", url, folder=folder)
+    assert ended.returncode == 2
+    assert b"expected something like http" in ended.stderr
+
+
+async def test_a_token_that_is_none_has_status_2_and_is_not_shown(folder: Path) -> None:
+    ended = await chat("hi", "http://127.0.0.1:1", folder=folder, CHAT_TOKEN="secret\nline")
+    assert ended.returncode == 2
+    (line,) = ended.stderr.decode().splitlines()
+    assert "CHAT_TOKEN" in line
+    assert "secret" not in line
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])

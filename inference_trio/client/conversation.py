@@ -38,7 +38,7 @@ from .errors import (
 )
 from .events import Disconnected, Draining, JsonObject, ReasoningChunk, Result, Resumed, TextChunk, ToolCall, ToolResult
 from .task import Task
-from .wire import as_json, failure
+from .wire import as_json, failure, reason
 
 TAKEN_OVER = 4409
 TOO_BIG = 1009
@@ -299,7 +299,7 @@ class Conversation:
             if task.is_over or task.calls.get(number, ...) is not None:
                 return
             task.calls[number] = {"result": as_json(result)} if error is None else failure(error)
-            task.emit(ToolResult(number, name, result, error))
+            task.emit(ToolResult(number, name, result, None if error is None else reason(error)))
             self._give(task, number)
 
         call = ToolCall(number, name, request.parameters, request.timeout, answer)

@@ -224,8 +224,15 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 def described(error: BaseException) -> str:
     """What was raised, for the model."""
-    said = ((type(leaf).__name__, str(leaf)) for leaf in leaves(error))
+    said = ((type(leaf).__name__, _text_of(leaf)) for leaf in leaves(error))
     return "; ".join(": ".join(filter(None, words)) for words in said)
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # of a class of the application
+        return ""
 
 
 def out_of_group(error: BaseException) -> BaseException:

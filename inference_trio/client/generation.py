@@ -12,13 +12,16 @@ import msgspec
 import trio
 
 from .conversation import Conversation
-from .errors import ArgumentsError, described
+from .errors import ArgumentsError, described, leaves
 from .events import Event, Result, ToolCall
 from .task import Task
 from .tools import Tool, ToolFunction
 
 CANCEL_LIMIT = 5.0
 """Seconds to wait for the end of what was cancelled, where the block is left early."""
+
+_ENDING = (SystemExit, KeyboardInterrupt, GeneratorExit, trio.Cancelled)
+"""What is not told to the model, but ends what the tool runs in."""
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +92,8 @@ class Generation:
         """The next event. Raises an InferenceError where the generation fails, when all before it is read."""
         self._check()
         while (event := self._task.next_event()) is None and not self._task.is_over:
-            self._news = trio.Event()
+            if self._news.is_set():
+                self._news = trio.Event()
             await self._news.wait()
         if event is not None:
             return event
@@ -156,7 +160,9 @@ class Generation:
                 await call.reply(await function.run(call.arguments, self._box.limiter))
             except ArgumentsError as error:
                 await call.fail(str(error))
-            except Exception as error:
+            except BaseException as error:
+                if any(isinstance(leaf, _ENDING) for leaf in leaves(error)):
+                    raise
                 logger.info("The tool %s has failed", call.name, exc_info=True)
                 await call.fail(described(error))
         self._scopes.discard(scope)

@@ -105,8 +105,10 @@ class Session:
         """
         if self._conversation.closed:
             raise self._conversation.closed.copy()
+        if message is not None and not message:
+            raise ValueError("Expected a message that is not empty, or None where the history has it")
         own = tools_of(tools) if tools is not None else None
-        turn: list[JsonObject] = [] if not message else [{"role": "user", "content": message}]
+        turn: list[JsonObject] = [] if message is None else [{"role": "user", "content": message}]
         instruction = [] if system is None else [{"role": "system", "content": system}]
         params: JsonObject = {
             **parameters,

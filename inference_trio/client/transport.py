@@ -156,13 +156,12 @@ class _Line(trio.abc.Stream):
 async def open_transport(url: str, token: str | None, ssl_context: ssl.SSLContext | None) -> AsyncIterator[Transport]:
     """Raises ValueError for a URL that is none."""
     parts = urlsplit(url)
-    if parts.scheme not in _SCHEMES or not parts.hostname:
+    if parts.scheme not in _SCHEMES or not parts.hostname or parts.port == 0:
         raise ValueError(f"Expected a URL like http://127.0.0.1:8000 or https://…, got {url!r}")
     scheme = _SCHEMES[parts.scheme]
     at = f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
     context = (ssl_context or ssl.create_default_context()) if scheme == "https" else None
-    if token and not (token.isascii() and token.isprintable()):
-        raise ValueError("Expected a token of printable ASCII characters, without the end of a line")
+    check_token(token or "")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with httpx2.AsyncClient(
         headers=headers,
@@ -172,6 +171,12 @@ async def open_transport(url: str, token: str | None, ssl_context: ssl.SSLContex
         trust_env=False,  # the WebSocket would not go through a proxy of the environment
     ) as http:
         yield Transport(at, http, context, token)
+
+
+def check_token(token: str) -> None:
+    """Raises ValueError for one that no server can have."""
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("Expected a token of printable ASCII characters, without the end of a line")
 
 
 def _object(body: bytes) -> JsonObject:

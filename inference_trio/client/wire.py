@@ -22,6 +22,15 @@ def as_json(value: Any) -> msgspec.Raw:
         raise TypeError(f"It cannot be written as JSON: {error}") from error
 
 
+LONGEST_REASON = 10_000
+"""Characters of why a tool has failed: all that a model can use, and little enough for any server."""
+
+
+def reason(message: str) -> str:
+    """Why a tool has failed, as it can be sent."""
+    return message[:LONGEST_REASON].encode(errors="replace").decode()
+
+
 def failure(message: str) -> JsonObject:
     """The result of a tool that has failed."""
-    return {"is_error": True, "error_message": message.encode(errors="replace").decode()}
+    return {"is_error": True, "error_message": reason(message)}
