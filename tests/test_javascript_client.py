@@ -179,6 +179,20 @@ async def test_an_empty_message_is_refused_before_it_is_sent(message: str, tmp_p
         assert "not empty" in error["message"]
 
 
+@pytest.mark.parametrize("none", ["", "undefined", "null"])
+async def test_without_a_message_it_goes_on_from_the_history_as_it_is(none: str, tmp_path: Path) -> None:
+    source = f"""
+    const session = await createSession(url);
+    session.history.push({{ role: "user", content: "one" }});
+    await session.ask({none});
+    say([(await session.ask("two")).text, session.history.map((message) => message.content)]);
+    session.close();
+    """
+    async with running(source, tmp_path, HELLO, HELLO) as it:
+        assert await it.hear() == ["Hello", ["one", "Hello", "two", "Hello"]]
+        assert [len(request.messages) for request in it.upstream.requests] == [1, 3]
+
+
 async def test_two_readers_share_the_events_and_both_end(tmp_path: Path) -> None:
     source = """
     const session = await createSession(url);
@@ -237,6 +251,12 @@ async def test_a_function_is_called_and_its_result_goes_to_the_model(tmp_path: P
     [
         ("throw new Error('no sight')", "no sight"),
         ("return Promise.reject('by night')", "by night"),
+        ("throw Object.create(null)", "no reason was given"),
+        ("throw undefined", "no reason was given"),
+        ("throw new RangeError()", "RangeError"),
+        ("throw new Error('no \\ud800 sight')", "no \ufffd sight"),
+        ("throw Object.assign(new Error(), { message: { why: 1 } })", "[object Object]"),
+        ("return { toJSON() { throw Object.create(null); } }", "no reason was given"),
         ("return 10n", "BigInt"),
         ("return () => 1", "function"),
         ("return { at: look }", "at"),
@@ -270,6 +290,31 @@ async def test_a_declared_tool_is_answered_through_its_event_and_once(tmp_path: 
     async with running(source, tmp_path, CALL, HELLO) as it:
         assert (await it.hear())["result"] == {"found": 1}
         assert (await it.upstream.wait_for_requests(2)).messages[-1]["content"] == '{"found":1}'
+
+
+@pytest.mark.parametrize(
+    ("reason", "content"),
+    [
+        ("new Error('no sight')", "Error: no sight"),
+        ("", "Error: It failed, and no reason was given"),
+        ("{ toString() { throw 1; } }", "Error: It failed, and no reason was given"),
+        ("'no \\udc00 sight'", "Error: no \ufffd sight"),
+        ("404", "Error: 404"),
+        ("'x'.repeat(5_000_000)", "Error: " + "x" * 10_000),
+        ("'\u20ac'.repeat(5_000)", "Error: The tool's answer cannot be sent"),  # three bytes each, more than are taken
+    ],
+)
+async def test_a_call_fails_for_whatever_reason_is_given(reason: str, content: str, tmp_path: Path) -> None:
+    source = f"""
+    const session = await createSession(url, fast);
+    const generation = session.generate("hi", {{ tools: [{{ name: "look" }}] }});
+    for await (const event of generation) if (event.type === "toolCall") event.fail({reason});
+    say(generation.text);
+    session.close();
+    """
+    async with running(source, tmp_path, CALL, HELLO, max_message_bytes=12_000) as it:
+        assert await it.hear() == "Hello"
+        assert it.upstream.requests[1].messages[-1]["content"] == content
 
 
 async def test_a_tool_is_told_when_nobody_waits_for_it(tmp_path: Path) -> None:

@@ -334,6 +334,28 @@ async def test_a_failure_is_said_where_the_answer_would_be(browser: str) -> None
         assert await it.page.count(".failure[role=alert]") == 1
 
 
+async def test_where_there_is_no_session_yet_enter_tries_again_and_the_text_is_kept(browser: str) -> None:
+    refusing = (
+        'Response.json({ error: { code: -32001, message: "Too many", data: { retryable: true } } }, { status: 429 })'
+    )
+    async with opened(browser, HELLO) as it:
+        await it.page.evaluate(
+            f"window.whole = fetch; window.count = 0; window.fetch = async () => (count++, {refusing})"
+        )
+        await it.page.click("#new")
+        await it.page.wait_for_text("Too many", "#turns > .failure")
+        await it.ask("hi")
+        await it.page.wait_for("count === 2 && document.querySelector('#turns > .failure') !== null")
+        assert await it.page.count("#turns > .failure") == 1
+        assert await it.page.evaluate("document.querySelector('#message').value") == "hi"
+        await it.page.evaluate("window.fetch = whole")
+        await it.page.press("Enter")
+        await it.page.press("Enter")
+        await it.page.wait_for_text("completed", ".meta")
+        assert await it.page.count("#turns > .failure") == 0
+        assert await it.page.count(".question") == len(it.upstream.requests) == 1
+
+
 async def test_a_conversation_that_goes_on_elsewhere_says_so(browser: str) -> None:
     async with opened(browser, [answers.text("Hel"), answers.hang()], HELLO) as it:
         await it.ask("hi")

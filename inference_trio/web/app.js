@@ -39,6 +39,8 @@ const scroll = $("scroll");
 
 /** @type {Session | null} */
 let session = null;
+/** @type {Promise<void> | null} */
+let connecting = null;
 let token = "";
 /** @type {Turn[]} */
 let turns = [];
@@ -52,7 +54,16 @@ let before = takeKept();
 
 // The session
 
-async function connect() {
+/** Connects, where that is not under way already. Whatever fails is shown. */
+function connect() {
+  connecting ??= tryToConnect().finally(() => {
+    connecting = null;
+  });
+  return connecting;
+}
+
+async function tryToConnect() {
+  $("turns").querySelector(":scope > .failure")?.remove();
   const options = { token: token || undefined, WebSocket: line.WebSocket, onStatus: showStatus };
   try {
     session = before
@@ -129,7 +140,8 @@ $("token-dialog").addEventListener("close", () => {
  * @param {string} text
  * @param {import("./welcome.js").Wanted} [wanted] in place of what the form and the chips say
  */
-function ask(text, wanted = {}) {
+async function ask(text, wanted = {}) {
+  if (!session) await connect();
   if (!session) return;
   const tools = toolsOf(wanted.tools ? new Set(wanted.tools) : offered);
   if (!tools) return openPanel("parameters", true);
@@ -296,9 +308,10 @@ function startAnew() {
 
 // Listening
 
-$("composer").addEventListener("submit", (/** @type {Event} */ event) => {
+$("composer").addEventListener("submit", async (/** @type {Event} */ event) => {
   event.preventDefault();
-  const text = message.value.trim();
+  if (!session && message.value.trim()) await connect();
+  const text = message.value.trim(); // what is there now: while it connected, it may have been sent already
   if (!text || !session) return;
   message.value = "";
   grow();

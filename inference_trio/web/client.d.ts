@@ -174,7 +174,10 @@ export type ToolCall = {
      * the first answer counts, also before that of `run`
      */
     respond: (result: unknown) => void;
-    fail: (message: string) => void;
+    /**
+     * a text, or an error whose message is one
+     */
+    fail: (reason?: unknown) => void;
 };
 export type GenerationEvent = {
     type: "text";
@@ -315,19 +318,19 @@ export declare class Session {
     /**
      * Starts a generation; several may run at a time. Never throws: what is wrong, the iteration and the result tell.
      *
-     * @param {string | JsonObject[] | null} message of the user, a text or content parts, not empty; null: the history
+     * @param {string | JsonObject[] | null} [message] of the user, a text or content parts, not empty; null: the history
      *   has it
      * @param {GenerateOptions & JsonObject} [options]
      * @returns {Generation}
      */
-    generate(message: string | JsonObject[] | null, options?: GenerateOptions & JsonObject): Generation;
+    generate(message?: string | JsonObject[] | null, options?: GenerateOptions & JsonObject): Generation;
     /**
      * The result of a whole generation, where its events do not matter.
      *
-     * @param {string | JsonObject[] | null} message
+     * @param {string | JsonObject[] | null} [message]
      * @param {GenerateOptions & JsonObject} [options] as for `generate`
      */
-    ask(message: string | JsonObject[] | null, options?: GenerateOptions & JsonObject): Promise<Result>;
+    ask(message?: string | JsonObject[] | null, options?: GenerateOptions & JsonObject): Promise<Result>;
     /** Drops the connection and resumes on a new one, where the network is known to have changed. Nothing is lost. */
     reconnect(): void;
     /** Cancels what runs and ends the session. What has not ended fails with the code `closed`. */

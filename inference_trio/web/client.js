@@ -98,7 +98,7 @@
  * @property {any} arguments
  * @property {number} timeout seconds until the server no longer waits
  * @property {(result: unknown) => void} respond the first answer counts, also before that of `run`
- * @property {(message: string) => void} fail
+ * @property {(reason?: unknown) => void} fail a text, or an error whose message is one
  *
  * @typedef {{ type: "text", text: string }
  *   | { type: "reasoning", text: string }
@@ -124,6 +124,9 @@ const SCHEMES = /** @type {{ [scheme: string]: string }} */ ({
   "wss:": "https:",
 });
 const NO_SUCH_TASK = -32004;
+const LONGEST_REASON = 10_000;
+const NO_REASON = "It failed, and no reason was given";
+const UNSENDABLE = failure("The tool's answer cannot be sent");
 const RETRYABLE = [-32001, -32005, "unreachable", "connection_lost", "session_gone"];
 
 /** @param {number} attempt */
@@ -389,12 +392,12 @@ export class Session {
   /**
    * Starts a generation; several may run at a time. Never throws: what is wrong, the iteration and the result tell.
    *
-   * @param {string | JsonObject[] | null} message of the user, a text or content parts, not empty; null: the history
+   * @param {string | JsonObject[] | null} [message] of the user, a text or content parts, not empty; null: the history
    *   has it
    * @param {GenerateOptions & JsonObject} [options]
    * @returns {Generation}
    */
-  generate(message, options = {}) {
+  generate(message = null, options = {}) {
     const { history, tools, signal } = options;
     const turn = message === null ? [] : [{ role: "user", content: message }];
     const task = this.#task(tools ?? this.#options.tools, history ? null : turn);
@@ -408,7 +411,7 @@ export class Session {
       else this.#start(task);
       signal?.addEventListener("abort", cancel, { once: true, signal: task.ending.signal });
     } catch (error) {
-      task.fail(error instanceof InferenceError ? copy(error) : invalid(String(error)));
+      task.fail(error instanceof InferenceError ? copy(error) : invalid(reasonFrom(error)));
     }
     return new Generation(task, cancel);
   }
@@ -421,7 +424,7 @@ export class Session {
   /**
    * The result of a whole generation, where its events do not matter.
    *
-   * @param {string | JsonObject[] | null} message
+   * @param {string | JsonObject[] | null} [message]
    * @param {GenerateOptions & JsonObject} [options] as for `generate`
    */
   async ask(message, options) {
@@ -845,14 +848,14 @@ export class Session {
       this.#give(task, id);
     };
     const respond = (/** @type {unknown} */ result) => answer(success(result));
-    const fail = (/** @type {string} */ message) => answer(failure(message));
+    const fail = (/** @type {unknown} */ reason) => answer(failure(reason));
     task.emit({ type: "toolCall", id, name, arguments: parameters, timeout, respond, fail });
     const tool = task.tools.find((one) => one.name === name);
     if (!tool?.run || !this.#isOutstanding(task, id)) return;
     try {
       respond(await tool.run(parameters, { id, signal: task.ending.signal }));
     } catch (error) {
-      fail(error instanceof Error ? error.message : String(error));
+      fail(error);
     }
   }
 
@@ -878,8 +881,8 @@ export class Session {
       params,
       () => task.calls.delete(id),
       (error) => {
-        if (answer.is_error || error.code === NO_SUCH_TASK || !task.calls.has(id)) return;
-        task.calls.set(id, failure(`The result cannot be sent: ${error.message}`));
+        if (answer === UNSENDABLE || error.code === NO_SUCH_TASK || !task.calls.has(id)) return;
+        task.calls.set(id, answer.is_error ? UNSENDABLE : failure(`The result cannot be sent: ${error.message}`));
         this.#give(task, id);
       },
     );
@@ -934,14 +937,27 @@ function success(result) {
     const text = JSON.stringify(result ?? null);
     if (text !== undefined) return { result: JSON.parse(text) };
   } catch (error) {
-    return failure(`The result cannot be written as JSON: ${error instanceof Error ? error.message : error}`);
+    return failure(`The result cannot be written as JSON: ${reasonFrom(error)}`);
   }
   return failure(`The result cannot be written as JSON: it is a ${typeof result}`);
 }
 
-/** @param {string} message @returns {JsonObject} */
-function failure(message) {
-  return { is_error: true, error_message: message };
+/** @param {unknown} reason whatever was thrown @returns {JsonObject} */
+function failure(reason) {
+  return { is_error: true, error_message: reasonFrom(reason) };
+}
+
+/**
+ * Whatever was thrown, as a text that can be sent: well-formed, not empty, not long.
+ * @param {unknown} thrown
+ */
+function reasonFrom(thrown) {
+  try {
+    const reason = String((thrown instanceof Error ? thrown.message || thrown.name : thrown) ?? "");
+    return reason.slice(0, LONGEST_REASON).replace(/\p{Surrogate}/gu, "\ufffd") || NO_REASON;
+  } catch {
+    return NO_REASON; // it cannot even be read
+  }
 }
 
 /**
