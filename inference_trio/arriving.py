@@ -6,8 +6,8 @@ Nothing is queued elsewhere. Two rules keep it bounded:
 * Of a connection that has more than `SMALL` waiting for its handler nothing is read: TCP makes its peer wait.
 * While all together are over the limit, the same holds for a message or body larger than `SMALL` that is still
   coming, but for the one that began first: that one comes to its end and makes room. Those that wait go on one at a
-  time, in order. Where somebody has to wait, and the first one has had ``patience`` seconds in which it did not have
-  to, it gives way: what it holds is dropped, and so is its connection.
+  time, in order. Where somebody has to wait, and the first one has been the first for ``patience`` seconds, it gives
+  way: what it holds is dropped, and so is its connection.
 
 So small ones always come through, large ones wait at most for those who hold up everybody, and a client that is alone
 never waits. Besides the limit a connection may hold `SMALL`, and what one read from its socket gives.
@@ -37,12 +37,18 @@ class Arriving:
     limit: int
     patience: float
     budget: Budget = attrs.field(default=attrs.Factory(lambda self: Budget(self.limit), takes_self=True))
-    large: dict[Share, float] = attrs.field(factory=dict)
-    """Those that hold more than `SMALL`, those first who did so first. And since when, less the time of waiting."""
+    large: dict[Share, None] = attrs.field(factory=dict)
+    """Those that hold more than `SMALL`, those first who did so first."""
+    first_since: float = 0.0
+    """When the first of them became the first."""
 
     @property
     def first(self) -> Share | None:
         return next(iter(self.large), None)
+
+    @property
+    def patient_until(self) -> float:
+        return self.first_since + self.patience
 
 
 @attrs.define(eq=False)
@@ -60,10 +66,13 @@ class Share:
         if self.is_over:
             return
         change, self.size = size - self.size, size
-        large = self.arriving.large
+        before = self.arriving.first
         if size > SMALL:
-            large.setdefault(self, trio.current_time())
-        elif large.pop(self, None) is not None and (first := self.arriving.first):
+            self.arriving.large.setdefault(self)
+        else:
+            self.arriving.large.pop(self, None)
+        if (first := self.arriving.first) is not before and first:
+            self.arriving.first_since = trio.current_time()
             first.turn.set()
         if change > 0:
             self.arriving.budget.add(change)
@@ -78,17 +87,15 @@ class Share:
 
     async def wait_for_room(self) -> None:
         """Returns when there is room for more, or this has ended."""
-        began = trio.current_time()
         while self._has_to_wait and (first := self.arriving.first):
             self.turn = trio.Event()
             with self.arriving.budget.queueing(self.turn.set):
-                with trio.move_on_at(self.arriving.large[first] + self.arriving.patience) as waiting:
+                with trio.move_on_at(self.arriving.patient_until):
                     await self.turn.wait()
-            if waiting.cancelled_caught and self._has_to_wait and self.arriving.first is first:
+            is_late = self.arriving.first is first and trio.current_time() >= self.arriving.patient_until
+            if self._has_to_wait and is_late:
                 first.end()
                 first.give_way()
-        if self in self.arriving.large:
-            self.arriving.large[self] += trio.current_time() - began
 
     @property
     def _has_to_wait(self) -> bool:
