@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import h11
 import trio
@@ -53,12 +54,24 @@ class OnlyHTTP1(H11Protocol):
         if not request.http_version.startswith(b"1"):
             await self.send(RawData(HTTP_1_1_REQUIRED))
             await self.send(Closed())
-        elif not all(value.isascii() for name, value in request.headers if name in _TOKENS):
-            # Hypercorn decodes these as ASCII, and the connection fails where they are not.
+        elif not _can_be_read(request):
             await self._send_error_response(400)
             await self.send(Closed())
         else:
             await super()._create_stream(request)
+
+
+def _can_be_read(request: h11.Request) -> bool:
+    """Whether Hypercorn can decode the lists of tokens as ASCII, and Quart take the target apart.
+
+    Otherwise the connection would fail, or the request with a traceback in the log.
+    """
+    path = unquote(request.target.partition(b"?")[0].decode("latin-1"))
+    try:
+        urlsplit(path)
+    except ValueError:
+        return False
+    return path != "" and all(value.isascii() for name, value in request.headers if name in _TOKENS)
 
 
 class BoundedHTTPStream(HTTPStream):

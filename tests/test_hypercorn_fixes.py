@@ -477,6 +477,18 @@ async def test_a_handshake_that_is_not_ascii_is_refused(header: bytes, caplog: p
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize("target", [b"http://[", b"http://%5B/", b"?x"])
+async def test_a_target_that_cannot_be_read_is_refused(target: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    install(LIMITS)
+    async with (
+        serving(ToyApp(), errorlog=logging.getLogger("hypercorn.error")) as port,
+        await trio.open_tcp_stream("127.0.0.1", port) as stream,
+    ):
+        await stream.send_all(b"GET " + target + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await everything(stream)).startswith(b"HTTP/1.1 400")
+    assert caplog.messages == []
+
+
 async def test_without_it_one_handshake_ends_the_whole_server() -> None:
     with pytest.RaisesGroup(UnicodeDecodeError, flatten_subgroups=True):
         await until_the_server_ends(send_handshake_that_is_not_ascii)
