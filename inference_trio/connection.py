@@ -5,9 +5,9 @@ writer is the only one that sends: first the answers to requests, then what the 
 cannot be given at once (`cancel` is answered when the tasks have ended) joins the queue when it is ready.
 
 Answers that a client does not read are bounded by no longer reading its requests; of a request nothing is kept while
-the next one is waited for. Two facts about Hypercorn shape
-the writer: sending may return without a checkpoint, so there is one between two sends; and a
-cancelled send can lose the news of a disconnect, so sending is never put in a cancel scope of its own.
+the next one is waited for. Two facts about Hypercorn shape the writer: sending may return without a checkpoint, so
+there is one between two sends; and a cancelled send can lose the news of a disconnect, so sending is never put in a
+cancel scope of its own.
 """
 
 from __future__ import annotations

@@ -174,9 +174,11 @@ class Session:
         while self.outbox.is_full:
             awake = trio.Event()
             self._producers.add(awake)
-            with self.outbox.budget.queueing(awake.set) if self.outbox.lacks_room else nullcontext():
-                await awake.wait()
-            self._producers.discard(awake)
+            try:
+                with self.outbox.budget.queueing(awake.set) if self.outbox.lacks_room else nullcontext():
+                    await awake.wait()
+            finally:
+                self._producers.discard(awake)
 
     def _wake_producers(self) -> None:
         if self._producers and (self.outbox.lacks_room or not self.outbox.is_full):
