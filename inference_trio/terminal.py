@@ -38,7 +38,14 @@ FAILED, WRONG, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status."""
     with _signals_watched():
-        return _run(options)
+        try:
+            return _run(options)
+        except OSError as error:  # of standard output, also while an error is told
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):  # whoever reads has enough
+                return 128 + signal.SIGPIPE
+            sys.stderr.write(f"inference-trio: {error}\n")
+            return FAILED
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -61,12 +68,6 @@ def _run(options: argparse.Namespace) -> int:
         return UNREACHABLE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # whoever reads has enough
-            return 128 + signal.SIGPIPE
-        sys.stderr.write(f"inference-trio: {error}\n")
-        return FAILED
 
 
 @contextmanager

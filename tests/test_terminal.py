@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
@@ -307,6 +309,15 @@ async def test_a_reader_that_has_enough_ends_it(folder: Path) -> None:
         assert await process.wait() == 128 + signal.SIGPIPE
         assert await process.stderr.receive_some() == b""
         await it.upstream.requests[0].closed.wait()
+
+
+def test_where_there_is_no_room_for_the_answer_one_line_says_so(folder: Path) -> None:
+    command = [sys.executable, "-m", "inference_trio", "chat", "http://127.0.0.1:1", "--json"]
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(command, input=b"hi", stdout=full, stderr=subprocess.PIPE, cwd=folder, timeout=60)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.decode().splitlines()
+    assert "No space left" in line
 
 
 # A server of its own
