@@ -153,8 +153,6 @@ class Connection:
                 await self._caught_up.wait()
 
     async def _handle(self, data: str | bytes, nursery: trio.Nursery) -> None:
-        if self._close_code is not None:
-            return
         frame = decode(data)
         answers = [await self._dispatch(item) for item in frame.items]
         if any(isinstance(answer, Cancelling) for answer in answers):
@@ -164,6 +162,8 @@ class Connection:
             self._answer(frame.is_batch, answers)
 
     async def _dispatch(self, item: Call | Invalid) -> JsonObject | Cancelling | None:
+        if self._close_code is not None:  # also what is left of a batch
+            return None
         if isinstance(item, Invalid):
             self.on_refusal(item.error)
             return failure(item.id, item.error)

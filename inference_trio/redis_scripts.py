@@ -31,9 +31,13 @@ that says how much is unsent, as replies may overtake each other.
 What is appended is numbered, and never changes again: text merges before, while the previous append is under way. So
 there is at most one round trip for each, however many tokens came.
 
+What a new connection is told is exact. A task, and a result for it, count from the moment they are in Redis; the worker
+that runs the task acts on them after that, and they are refused where a newer connection has come by then. A task that
+was to begin and then could not gets an `error` if a connection may have been told of it meanwhile.
+
 Once and no more. A script whose reply was lost is run again, and a stalled Redis may run a copy late. So each is
 idempotent: an append carries its producer's batch number, and is answered from memory the second time; tasks,
-connections and sessions are added and removed by names of their own, and one that was removed is remembered for a
+connections, results and sessions are added and removed by names of their own, and one that is past is remembered for a
 while. What a reply asks its reader to do (tell somebody) is asked again by the second reply; what stands in Redis are
 facts, not who was told, so a copy that nobody listens to changes nothing.
 
@@ -60,7 +64,7 @@ import attrs
 ROOT = "{inference}"
 
 _FOR_ALL = ("admit", "bury", "dismiss", "enter", "held", "hold", "prolong", "spend")
-_FOR_A_SESSION = ("append", "attach", "detach", "fail", "register", "take", "unregister")
+_FOR_A_SESSION = ("append", "attach", "detach", "fail", "give", "register", "take", "unregister")
 
 
 @attrs.frozen

@@ -5,7 +5,7 @@ See `redis_scripts` for how all of it works together, and `session.Session` for 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -17,7 +17,7 @@ from .chat import JsonObject
 from .errors import InvalidParamsError, NoSuchSessionError, OverloadedError
 from .jsonrpc import Call
 from .protocol import Accepted, Draining, Generate, Resumed, Started, TaskStatus, ToolResult
-from .redis_calls import Calls, Ending, EndingHere
+from .redis_calls import Calls, Ending, taken_over
 from .redis_delivery import LARGEST_READY, Delivery, Ready, ready
 from .redis_limits import Limits, name_of
 from .redis_link import FOREVER
@@ -48,6 +48,7 @@ class Attached:
     """A connection under its name in Redis, and what it is to be sent."""
 
     name: str
+    epoch: int
     connection: Attachment
     delivery: Delivery
     feeding: trio.CancelScope = attrs.field(factory=trio.CancelScope)
@@ -79,6 +80,10 @@ def _producer(session: RedisSession) -> Producer:
     )
 
 
+def _calls(session: RedisSession) -> Calls:
+    return Calls(session.worker, session.id, session.tasks, session.producer)
+
+
 @attrs.define(eq=False)
 class RedisSession:
     id: str
@@ -89,7 +94,7 @@ class RedisSession:
     store: Store
     producer: Producer = attrs.field(default=attrs.Factory(_producer, takes_self=True))
     tasks: RunningTasks = attrs.field(default=attrs.Factory(_tasks, takes_self=True))
-    calls: Calls = attrs.field(default=attrs.Factory(lambda self: Calls(self.worker, self.id), takes_self=True))
+    calls: Calls = attrs.field(default=attrs.Factory(_calls, takes_self=True))
     _here: Attached | None = None
     _epoch: int = 0
     _acknowledging: tuple[Delivery, int] | None = None
@@ -147,7 +152,7 @@ class RedisSession:
         for worker in workers:
             self.worker.post(worker.decode(), ["attached", self.id, epoch, version, unsent])
         delivery = Delivery(max(since, base), self.producer.room.half // 4, connection.wake)
-        self._here = Attached(name, connection, delivery)
+        self._here = Attached(name, epoch, connection, delivery)
         self.worker.nursery.start_soon(self._feed, self._here)
         if after is not None:
             tasks = [msgspec.json.decode(status, type=TaskStatus) for status in statuses]
@@ -257,15 +262,16 @@ class RedisSession:
 
     async def generate(self, call: Call, params: Generate) -> Started:
         self.store.refuse_when_draining()
-        if self._here is None or self.producer.is_full:
+        here = self._here
+        if here is None or self.producer.is_full:
             raise OverloadedError("The notifications of this session are not read", retry_after=RETRY_AFTER)
         runner = self.tasks.prepare(call, params, self.tools)
         size = call.size * BYTES_PER_BYTE_OF_JSON
         self.store.limits.hold(size)
         try:
-            await self._register(runner, self._here.name)
+            await self._register(runner, here.name)
         except BaseException:
-            self._dismiss(runner, size, "unregister")
+            self._dismiss(runner, size, here)
             raise
         self.producer.open(runner.task)
         self.tasks.start(runner, lambda runner: self._dismiss(runner, size))
@@ -279,40 +285,29 @@ class RedisSession:
         if reply[0] == b"many":
             raise too_many("tasks", most, "in this session")
         if reply[0] != b"ok":
-            raise OverloadedError("This connection was taken over", retry_after=RETRY_AFTER)
+            raise taken_over()
         self.worker.check()
 
-    def _dismiss(self, runner: Runner, size: int, how: str = "") -> None:
+    def _dismiss(self, runner: Runner, size: int, asked_by: Attached | None = None) -> None:
+        """The task has ended; or it has not begun, and this connection had asked for it."""
         self.store.limits.budget.release(size)
         if not self.worker.is_over:
-            self.worker.nursery.start_soon(self._forget, runner.task.id, how)
+            self.worker.nursery.start_soon(self._forget, runner.task.id, asked_by)
 
-    async def _forget(self, task_id: str, how: str) -> None:
-        if how:
-            await self._run(how, task_id, within=FOREVER)
-        self.producer.change(task_id)
+    async def _forget(self, task_id: str, asked_by: Attached | None) -> None:
+        if asked_by:
+            error = OverloadedError("The task could not begin", retry_after=RETRY_AFTER)
+            await self.worker.end_task("unregister", self.id, asked_by.epoch, task_id, error)
         await self.producer.settle()
         await self.store.limits.dismiss(self.worker, task_id, self.owner)
 
     async def tool_result(self, params: ToolResult) -> Accepted:
-        if params.task_id in self.tasks.runners:
-            return await self._tool_result(params)
-        return await self.calls.tool_result(params)
-
-    async def _tool_result(self, params: ToolResult) -> Accepted:
-        accepted = self.tasks.give_results(params)
-        self.producer.change(params.task_id)
-        await self.producer.settle()
-        return accepted
+        if self._here is None:
+            raise taken_over()
+        return await self.calls.tool_result(params, self._here.epoch)
 
     async def cancel(self, task_id: str | None) -> Ending:
-        here = self._cancel(task_id)
-        if task_id in self.tasks.runners:
-            return Ending([here])
-        return Ending([here, *await self.calls.cancel(task_id)])
-
-    def _cancel(self, task_id: str | None) -> EndingHere:
-        return EndingHere(self.tasks.cancel(task_id), self.producer)
+        return await self.calls.cancel(task_id)
 
     # Messages of workers
 
@@ -333,12 +328,5 @@ class RedisSession:
                 self.producer.room.update(version, unsent)
                 if epoch >= self._epoch:
                     self.tasks.open_window(self.resume_window)
-            case ["call", _, call_id, caller, method, argument]:
-                self.worker.nursery.start_soon(self.calls.answer, caller, call_id, self._call(method, argument))
-            case ["reply", _, call_id, result, error]:
-                self.calls.receive(call_id, result, error)
-
-    def _call(self, method: str, argument: Any) -> Awaitable[Any]:
-        if method == "cancel":
-            return self._cancel(argument).ended()
-        return self._tool_result(msgspec.convert(argument, ToolResult))
+            case _:
+                self.calls.receive(message)

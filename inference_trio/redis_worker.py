@@ -15,10 +15,10 @@ import attrs
 import msgspec
 import trio
 
-from .errors import BrokenStreamError, OverloadedError
+from .errors import BrokenStreamError, InferenceError, OverloadedError
 from .protocol import Error
 from .redis_delivery import encoded
-from .redis_link import FOREVER, RETRY_AFTER, AwayError, Link
+from .redis_link import FOREVER, RETRY_AFTER, AwayError, Link, Value
 from .redis_scripts import ROOT, inbox_key, key_for_all, session_key
 from .running import RunningTasks
 
@@ -184,12 +184,16 @@ class Worker:
 
     async def _fail(self, worker: str, task_id: str, session_id: str, owner: str) -> None:
         error = BrokenStreamError("The worker that ran this task is gone", reason="worker lost")
+        await self.end_task("fail", session_id, worker, task_id, error)
+        await self.link.run("dismiss", self.for_all, worker, task_id, owner, within=FOREVER)
+
+    async def end_task(self, name: str, session_id: str, of: Value, task_id: str, error: InferenceError) -> None:
+        """Removes a task that does not run, by this script, and has its connection told of the error."""
         note = encoded(Error(task_id=task_id, error=error.to_wire()))
         key = self.session_key(session_id)
-        reply = await self.link.run("fail", key, self.ttl, worker, task_id, note, OVERHEAD, within=FOREVER)
+        reply = await self.link.run(name, key, self.ttl, of, task_id, note, OVERHEAD, within=FOREVER)
         if reply[0] == b"ok" and reply[1]:
             self.tell(reply[1].decode(), ["look", session_id])
-        await self.link.run("dismiss", self.for_all, worker, task_id, owner, within=FOREVER)
 
     async def release(
         self, worker: str, connection: str, session_id: str, taken: int | str = "", owner: str = ""

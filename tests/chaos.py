@@ -157,7 +157,7 @@ def make_story(chance: random.Random, name: str) -> Generation:
 
 @attrs.define(eq=False)
 class Visit:
-    """One session with one task. ``notes`` are those of the task; ``unanswered`` has the requests that may be lost."""
+    """One session with one task, whose notifications are ``notes``. Results in ``doubtful`` may have been taken."""
 
     town: Town
     story: Generation
@@ -169,8 +169,8 @@ class Visit:
     created_at: float = 0.0
     connected_at: float = 0.0
     trail: deque[str] = attrs.field(factory=lambda: deque(maxlen=12))
-    _sent: Counter[str] = attrs.field(factory=Counter)
     _answered: set[str] = attrs.field(factory=set)
+    _doubtful: set[str] = attrs.field(factory=set)
     _asked: dict[int, tuple[str, str]] = attrs.field(factory=dict)
     _numbers: Any = attrs.field(factory=lambda: itertools.count(1))
 
@@ -233,11 +233,13 @@ class Visit:
             (task,) = state["tasks"]
             self._identify(task["task_id"])
         self._asked.clear()
+        self._doubtful.clear()
+        outstanding = {call for task in state["tasks"] for call in task["outstanding"]}
+        assert outstanding <= self._open_calls(), (outstanding, state)
         if self.task_id is None:
             await self._ask(socket, "generate", {"message": self.story.name})
-        else:
-            for call in self._open_calls() & set(state["tasks"][0]["outstanding"] if state["tasks"] else ()):
-                await self._answer_call(socket, call)
+        for call in outstanding:
+            await self._answer_call(socket, call)
         while self.ended_at is None:
             frame = await self._hear(socket)
             if "id" in frame:
@@ -273,7 +275,6 @@ class Visit:
         number = next(self._numbers)
         call = params["results"][0]["tool_call_id"] if method == "tool_result" else ""
         self._asked[number] = method, call
-        self._sent[call] += 1
         await socket.send_message(json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}))
 
     async def _answer_call(self, socket: Any, call: str) -> None:
@@ -293,9 +294,10 @@ class Visit:
             if method == "generate":
                 await self._ask(socket, "generate", {"message": self.story.name})
             else:
+                self._doubtful.add(call)
                 await self._answer_call(socket, call)
-        elif method == "tool_result" and (code == -32004 or self._sent[call] > 1):
-            self._answered.add(call)  # the task has ended, and an end will come; or an answer before was lost
+        elif method == "tool_result" and (code == -32004 or call in self._doubtful):
+            self._answered.add(call)  # the task has ended, and an end will come; or it was taken
         else:
             raise AssertionError(frame)
 
@@ -309,6 +311,9 @@ class Visit:
             assert heard == self.story.told, (heard, self.story.told)
             return end["params"]["status_message"]
         error = end["params"]["error"]
+        if error["code"] == -32005:
+            assert (heard, self.town.seen.get(self.story.name)) == ([("error", "")], None), heard
+            return "not begun"
         assert error["code"] == -32006, error
         assert error["data"]["reason"] == "worker lost", error
         assert error["data"].get("partial_text", "") == said, (error, said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from inference_trio import redis_link, redis_worker
 from inference_trio.access import Owner
@@ -67,9 +69,11 @@ class Mortal(Workers):
         self.scopes[number].cancel()
         self.redis.ask("ZADD", f"{worker.for_all}:leases", "1", worker.id)
 
-    async def started(self, worker: int = 0, frames: int = 2, **params: Any) -> tuple[FakeWebSocket, list[Any]]:
+    async def started(
+        self, worker: int = 0, frames: int = 2, outgoing: float = math.inf, **params: Any
+    ) -> tuple[FakeWebSocket, list[Any]]:
         """A connection with a running task, and so many frames of it."""
-        socket = await self.connect(worker, await self.create(worker, **params))
+        socket = await self.connect(worker, await self.create(worker, **params), outgoing=outgoing)
         socket.call("generate", {"message": "hi"})
         return socket, [await socket.hear() for _ in range(frames)]
 
@@ -396,3 +400,122 @@ async def test_lost_replies_and_late_copies_change_nothing(
 
 async def tasks_known(store: RedisStore, session_id: str) -> list[Any]:
     return list(await store.worker.link.run("where", store.worker.session_key(session_id)))
+
+
+# What is under way while a client comes back
+
+
+@attrs.define(eq=False)
+class Slow:
+    """Holds back the next script of one name, or its reply, as a slow line to Redis may."""
+
+    name: str
+    holds_reply: bool
+    came: trio.Event = attrs.field(factory=trio.Event)
+    go_on: trio.Event = attrs.field(factory=trio.Event)
+    _run: Any = attrs.field(factory=lambda: Link._run)
+
+    async def run(self, link: Link, name: str, key: str, arguments: Any) -> Any:
+        if name != self.name or self.came.is_set():
+            return await self._run(link, name, key, arguments)
+        reply = await self._run(link, name, key, arguments) if self.holds_reply else None
+        self.came.set()
+        await self.go_on.wait()
+        return reply if self.holds_reply else await self._run(link, name, key, arguments)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def hold(name: str, *, holds_reply: bool) -> Slow:
+        it = Slow(name, holds_reply)
+        monkeypatch.setattr(Link, "_run", lambda *arguments: it.run(*arguments))
+        return it
+
+    return hold
+
+
+RESULTS = [{"tool_call_id": name, "result": "seen"} for name in ("c1", "c2")]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["the worker of the task", "another worker"])
+async def test_a_result_that_is_not_in_resumed_is_taken_when_it_is_given_again(
+    redis: RedisServer, slow: Any, elsewhere: bool
+) -> None:
+    async with mortals(redis, CALLS, HELLO) as it:
+        first, heard = await it.started(0, 3, tools=[fakes.tool(TOOL)])
+        task_id = heard[0]["result"]["task_id"]
+        if elsewhere:
+            first = await it.connect(1, first.session_id)
+        given = slow("give", holds_reply=False)
+        first.call("tool_result", {"task_id": task_id, "results": RESULTS})
+        await given.came.wait()
+        second = await it.connect(2, first.session_id, after=2)
+        (task,) = (await second.hear())["params"]["tasks"]
+        assert task == {"task_id": task_id, "state": "awaiting_tools", "outstanding": ["c1", "c2"]}
+        given.go_on.set()
+        second.call("tool_result", {"task_id": task_id, "results": RESULTS})
+        frames = await transcript(second)
+        assert [frame["result"]["accepted"] for frame in frames if "id" in frame] == [["c1", "c2"]]
+        assert text_of(frames) == "Hello"
+
+
+async def test_a_result_that_resumed_does_not_ask_for_was_taken(redis: RedisServer, slow: Any) -> None:
+    async with mortals(redis, CALLS, HELLO) as it:
+        first, heard = await it.started(0, 3, tools=[fakes.tool(TOOL)])
+        given = slow("give", holds_reply=True)
+        first.call("tool_result", {"task_id": heard[0]["result"]["task_id"], "results": RESULTS})
+        await given.came.wait()
+        second = await it.connect(1, first.session_id, after=2)
+        assert (await second.hear())["params"]["tasks"][0]["outstanding"] == []
+        await first.drop()
+        given.go_on.set()
+        assert text_of(await transcript(second)) == "Hello"
+
+
+async def test_what_is_left_of_a_batch_is_not_done_for_a_connection_that_was_taken_over(
+    redis: RedisServer, slow: Any
+) -> None:
+    async with mortals(redis, CALLS, HELLO) as it:
+        first, heard = await it.started(0, 3, outgoing=0, tools=[fakes.tool(TOOL)])
+        task_id = heard[0]["result"]["task_id"]
+        given = slow("give", holds_reply=True)
+        first.call("rpc.discover")  # whose answer it does not read: so it cannot be closed yet
+        calls = [{"task_id": task_id, "results": [result]} for result in RESULTS]
+        first.say([{"jsonrpc": "2.0", "id": 1, "method": "tool_result", "params": params} for params in calls])
+        await given.came.wait()
+        second = await it.connect(0, first.session_id, after=2)
+        assert (await second.hear())["params"]["tasks"][0]["outstanding"] == ["c2"]
+        given.go_on.set()
+        await trio.testing.wait_all_tasks_blocked()
+        second.call("tool_result", calls[1])
+        assert (await second.hear())["result"]["accepted"] == ["c2"]
+
+
+async def test_a_task_that_resumed_has_named_has_its_end(redis: RedisServer, slow: Any) -> None:
+    async with mortals(redis, HELLO) as it:
+        first = await it.connect(0, await it.create(0))
+        registered = slow("register", holds_reply=True)
+        first.call("generate", {"message": "hi"})
+        await registered.came.wait()
+        second = await it.connect(1, first.session_id, after=0)
+        (task,) = (await second.hear())["params"]["tasks"]
+        await first.drop()
+        end = await second.hear()
+        assert (end["method"], end["params"]["task_id"]) == ("error", task["task_id"])
+        assert end["params"]["error"]["code"] == -32005
+        assert await tasks_known(it.stores[1], first.session_id) == []
+
+
+async def test_of_a_task_that_did_not_begin_and_that_nobody_has_seen_there_is_no_trace(
+    redis: RedisServer, slow: Any
+) -> None:
+    async with mortals(redis, HELLO) as it:
+        first = await it.connect(0, await it.create(0))
+        registered = slow("register", holds_reply=True)
+        first.call("generate", {"message": "hi"})
+        await registered.came.wait()
+        await first.drop()
+        while await tasks_known(it.stores[0], first.session_id):
+            await pause()
+        second = await it.connect(1, first.session_id, after=0)
+        assert (await second.hear())["params"]["latest_seq"] == 0

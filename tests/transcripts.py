@@ -1,8 +1,7 @@
 """A strict client: it comes back after every cut, sends nothing twice that has arrived, and believes nothing.
 
 What it holds, and asserts with every frame: numbers count on without a gap, nothing follows the end of a task, and
-every request is answered at most once and never with an error, but that a result which is sent again may have arrived
-meanwhile from a line that was given up (docs/protocol.md). What was under way when the line broke is settled by
+every request is answered at most once and never with an error. What was under way when the line broke is settled by
 what the server says in ``resumed`` and by the replay, before anything more is sent.
 """
 
@@ -21,9 +20,6 @@ import trio_websocket
 from .harness import PATIENCE
 from .proxy import Line, Proxy
 
-ARRIVED_BEFORE = (-32004, -32602)
-"""How a result is refused that had arrived."""
-
 
 class LineBrokenError(Exception):
     """The connection is gone."""
@@ -40,7 +36,6 @@ class Transcript:
     connections: int = 0
     _asked: int = 0
     _unanswered: dict[int, Any] = attrs.field(factory=dict)
-    _repeated: set[int] = attrs.field(factory=set)
     _tasks: set[str] = attrs.field(factory=set)
     _ended: set[str] = attrs.field(factory=set)
 
@@ -71,9 +66,7 @@ class Transcript:
         async with self._dial(f"/ws/{self.session_id}{after}") as socket:
             if after:
                 await self._settle(socket)
-            for number, frame in self._unanswered.items():
-                if self.connections > 1:
-                    self._repeated.add(number)
+            for frame in self._unanswered.values():
                 await _send(socket, frame)
             while len(self._ended) == ended_before:
                 await self._take(await _receive(socket), socket)
@@ -102,8 +95,6 @@ class Transcript:
     async def _take(self, frame: Any, socket: Any) -> None:
         if "id" in frame:
             asked = self._unanswered.pop(frame["id"])
-            if self._may_have_arrived(asked) and frame.get("error", {}).get("code") in ARRIVED_BEFORE:
-                return
             assert "error" not in frame, (asked, frame)
             if asked["method"] == "generate":
                 self._tasks.add(frame["result"]["task_id"])
@@ -120,9 +111,6 @@ class Transcript:
             asked = self._ask("tool_result", {"task_id": params["task_id"], "results": [result]})
             if socket is not None:
                 await _send(socket, asked)
-
-    def _may_have_arrived(self, asked: Any) -> bool:
-        return asked["method"] == "tool_result" and asked["id"] in self._repeated
 
     def _ask(self, method: str, params: Any) -> Any:
         self._asked += 1

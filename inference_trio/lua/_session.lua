@@ -60,16 +60,22 @@ local function tell(worker, before, is_again)
     return ''
 end
 
--- Names that are not to come back with a late copy of a script; the latest forty or so.
-local function remember(list, name)
-    redis.call('HSET', key, list, string.sub(name .. ' ' .. (redis.call('HGET', key, list) or ''), 1, 1000))
+-- Names that are not to come back with a late copy of a script; the latest hundred or so.
+local function make_past(name)
+    redis.call('HSET', key, 'past', string.sub(name .. ' ' .. (redis.call('HGET', key, 'past') or ''), 1, 2000))
 end
 
-local function is_remembered(list, name)
-    return string.find(redis.call('HGET', key, list) or '', name .. ' ', 1, true) ~= nil
+local function is_past(name)
+    return string.find(redis.call('HGET', key, 'past') or '', name .. ' ', 1, true) ~= nil
+end
+
+local function is_of(worker, task) return worker_of(redis.call('HGET', tasks, task) or ' ') == worker end
+
+local function set_status(task, status)
+    redis.call('HSET', tasks, task, string.match(redis.call('HGET', tasks, task), '^%S+ %S+ ') .. status)
 end
 
 local function remove(task)
     redis.call('HDEL', tasks, task)
-    remember('ended', task)
+    make_past(task)
 end

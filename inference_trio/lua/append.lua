@@ -12,7 +12,7 @@ if not is_again then
     local foreign, is_mine = {}, {}
     local function check(task)
         if is_mine[task] == nil then
-            is_mine[task] = worker_of(redis.call('HGET', tasks, task) or ' ') == worker
+            is_mine[task] = is_of(worker, task)
             if not is_mine[task] then foreign[#foreign + 1] = task end
         end
         return is_mine[task]
@@ -24,12 +24,7 @@ if not is_again then
     for i = 8, notes - 1, 2 do
         local task, status = ARGV[i], ARGV[i + 1]
         if check(task) then
-            if status == '' then
-                remove(task)
-            else
-                local head = string.match(redis.call('HGET', tasks, task), '^%S+ %S+ ')
-                redis.call('HSET', tasks, task, head .. status)
-            end
+            if status == '' then remove(task) else set_status(task, status) end
         end
     end
     others = table.concat(foreign, ',')

@@ -3,8 +3,8 @@
 local ttl, conn, after = ARGV[1], ARGV[2], ARGV[3] == '' and s.latest or tonumber(ARGV[3])
 if after > s.latest then return {'beyond', s.latest} end
 if s.conn ~= conn then
-    if is_remembered('seen', conn) then return {'gone'} end
-    remember('seen', conn)
+    if is_past(conn) then return {'gone'} end
+    make_past(conn)
     redis.call('HSET', key, 'previous', s.conn)
     s.conn, s.epoch, s.idle = conn, s.epoch + 1, -1
     move_cursor(after)

@@ -1,6 +1,7 @@
 -- ttl, worker that is lost, task, note of its error, size -> 'ok', connection to tell
 local status = redis.call('HGET', tasks, ARGV[3])
-if not status or worker_of(status) ~= ARGV[2] then return {'ok', s.conn} end
+if not status then make_past(ARGV[3]) end
+if not is_of(ARGV[2], ARGV[3]) then return {'ok', s.conn} end
 local note, text = cjson.decode(ARGV[4]), {}
 if s.base <= tonumber(string.match(status, '^%S+ (%S+)')) then
     for _, entry in ipairs(redis.call('XRANGE', log, '-', '+')) do
