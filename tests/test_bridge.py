@@ -175,7 +175,7 @@ async def stream_until(
 # Items and bytes
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     words=st.lists(st.text("abc", max_size=3), max_size=40),
     sizes=st.lists(st.integers(1, 20), min_size=1),

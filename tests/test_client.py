@@ -248,6 +248,7 @@ async def test_misuse_is_told() -> None:
 
 
 async def test_a_generation_that_is_read_by_two_does_not_hang() -> None:
+    """Each event goes to one of them; who has the first, or is through first, is nobody's to say."""
     got = []
 
     async def read(task: Generation) -> None:
@@ -259,7 +260,8 @@ async def test_a_generation_that_is_read_by_two_does_not_hang() -> None:
             nursery.start_soon(read, task)
             await trio.testing.wait_all_tasks_blocked(0.01)
             it.upstream.gate("go on").set()
-        assert "".join(event.text for event in got if isinstance(event, TextChunk)) == "Hello"
+        said = "".join(event.text for event in got if isinstance(event, TextChunk))
+        assert sorted(said) == sorted("Hello")
 
 
 def test_in_asyncio_it_says_that_it_needs_trio() -> None:

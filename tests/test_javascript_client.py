@@ -737,8 +737,9 @@ async def test_a_server_that_stops_is_given_up_after_a_time(tmp_path: Path) -> N
 
 OTHERS = """
 import http from "node:http";
+const close = { connection: "close" };  // a connection that is kept would keep Node for three seconds
 const serving = async (status, body) => {
-  const server = http.createServer((_, response) => response.writeHead(status).end(body));
+  const server = http.createServer((_, response) => response.writeHead(status, close).end(body));
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
   server.unref();
   return [`http://127.0.0.1:${server.address().port}`, server];

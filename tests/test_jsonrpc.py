@@ -458,7 +458,7 @@ def check_frame(data: str | bytes) -> None:
             assert loads(encode(failure(item.id, item.error)))["error"] == item.error.to_wire()
 
 
-FAST = settings(deadline=None, derandomize=True, max_examples=100)
+FAST = settings(max_examples=100)
 
 
 @FAST

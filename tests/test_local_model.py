@@ -12,7 +12,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ import attrs
 import httpx2
 import pytest
 import trio
+from anyio.from_thread import start_blocking_portal
 
 from inference_trio import local_model
 from inference_trio.errors import ConfigurationError
@@ -145,10 +146,17 @@ async def open_stream(base_url: str) -> trio.SocketStream:
     return await trio.open_tcp_stream("127.0.0.1", urlsplit(base_url).port or 0)
 
 
+@pytest.fixture(scope="module")
+def shared_model() -> Iterator[EmbeddedModel]:
+    """One model for the tests that only ask it. It lives in a Trio of its own, in a thread."""
+    with start_blocking_portal("trio") as portal, portal.wrap_async_context_manager(embedded_model()) as model:
+        yield model
+
+
 @pytest.fixture
-async def client() -> AsyncIterator[Client]:
+async def client(shared_model: EmbeddedModel) -> AsyncIterator[Client]:
     with trio.fail_after(GUARD):
-        async with embedded_model() as model, open_http(model) as http:
+        async with open_http(shared_model) as http:
             yield Client(http)
 
 

@@ -131,7 +131,7 @@ def test_asking_for_an_exception_where_there_is_none_is_harmless(written: Callab
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00", "\x85", "\u2028", "\u202e", "\udc80"])
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00", "\x85", "\u2028", "\u202e", "\udc80"], ids=ascii)
 def test_no_text_can_forge_a_second_line(written: Callable[..., list[str]], log_format: str, character: str) -> None:
     def act() -> None:
         with log_context(task_id=f"t{character}1"):

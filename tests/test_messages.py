@@ -101,7 +101,7 @@ messages = st.one_of(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(messages, max_size=4))
 def test_any_conversation_is_sent_as_it_came(conversation: list[dict[str, Any]]) -> None:
     assert sent(conversation) == conversation

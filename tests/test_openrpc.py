@@ -289,7 +289,7 @@ CROSS_FIELD = (
 """How refusals begin that no schema can tell: they are about more than one field."""
 
 
-@settings(deadline=None, derandomize=True, max_examples=250)
+@settings(max_examples=250)
 @given(st.sampled_from(list(PARAMS)).flatmap(lambda method: st.tuples(st.just(method), PARAMS[method])))
 def test_the_published_schema_and_the_decoder_agree(example: tuple[str, Any]) -> None:
     """But for rules over several fields, and for 1.0, which JSON Schema takes for an integer."""

@@ -329,7 +329,7 @@ class OutboxMachine(RuleBasedStateMachine):
             assert sum(entry.size for entry in kept) <= self.limit + kept[-1].size
 
 
-OutboxMachine.TestCase.settings = settings(deadline=None, derandomize=True, max_examples=80, stateful_step_count=40)
+OutboxMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestOutboxMachine = OutboxMachine.TestCase
 
 

@@ -165,7 +165,7 @@ async def perform(steps: list[Any], room: dict[str, Any], window: float) -> None
     assert trio.lowlevel.current_statistics().tasks_living == before
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(steps=STEPS, room=st.sampled_from([ROOMY, TIGHT, SCARCE]), window=st.sampled_from([30.0, 30.0, 0.0]))
 def test_whatever_happens_in_whatever_order(steps: list[Any], room: dict[str, Any], window: float) -> None:
     trio.run(perform, steps, room, window, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -45,7 +45,7 @@ def test_events_are_read_by_the_rules_in_one_read_or_many(stream: bytes, expecte
     assert events(*(stream[i : i + 1] for i in range(len(stream)))) == expected
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(
     lines=st.lists(st.sampled_from([b"data: a", b"data: b", b": x", b"", b""]), max_size=8),
     end=st.sampled_from([b"\n", b"\r\n", b"\r"]),

@@ -508,7 +508,7 @@ def check_notes(task: Task, notes: Iterable[TaskNotification]) -> None:
             assert ending.error.get("data", {}).get("partial_text", "") == text
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_after_any_events_a_task_is_whole_and_a_cancel_leaves_a_valid_history(data: st.DataObject) -> None:
     task = task_after(max_tool_rounds=3)

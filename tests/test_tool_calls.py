@@ -131,7 +131,7 @@ def test_pieces_come_together(expected: list[tuple[str, dict[str, int]]], pieces
     assert summary(*pieces) == expected
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(
     parameters=st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(), st.booleans()), max_size=4),
     cuts=st.lists(st.integers(0, 60), max_size=6),
