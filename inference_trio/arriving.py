@@ -6,41 +6,53 @@ Nothing is queued elsewhere. Two rules keep it bounded:
 * Of a connection that has more than `SMALL` waiting for its handler nothing is read: TCP makes its peer wait.
 * While all together are over the limit, the same holds for a message or body larger than `SMALL` that is still
   coming, but for the one that began first: that one comes to its end and makes room. Those that wait go on one at a
-  time, in order. Where somebody has to wait, and the first one has been the first for ``patience`` seconds, it gives
-  way: what it holds is dropped, and so is its connection.
+  time, in order.
 
+Somebody gives way, what it holds is dropped and so is its connection, where the first one has been the first for
+``patience`` seconds and others wait: it does; and where one has waited for ``longest_wait`` seconds: that one does.
 So small ones always come through, large ones wait at most for those who hold up everybody, and a client that is alone
 never waits. Besides the limit a connection may hold `SMALL`, and what one read from its socket gives.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 
 import attrs
 import trio
 
-from .outbox import Budget
-
 SMALL = 16 * 1024
 """Bytes."""
+
+LOG_PERIOD = 60.0
+"""Seconds between two lines of the log on those who give way, of whom there may be hundreds at once."""
 
 _OVERHEAD = 100
 """Bytes for the objects that hold a message; an empty one has to count too."""
 
+logger = logging.getLogger(__name__)
+
 
 @attrs.define(eq=False)
 class Arriving:
-    """All there is. ``patience`` in seconds."""
+    """All there is: ``used`` bytes, of ``limit``. ``patience`` and ``longest_wait`` are in seconds."""
 
     limit: int
     patience: float
-    budget: Budget = attrs.field(default=attrs.Factory(lambda self: Budget(self.limit), takes_self=True))
+    longest_wait: float
+    on_refusal: Callable[[str, int], None] = lambda *_: None
+    """Called for each that gives way, as `metrics.Metrics.request_refused` is."""
+    used: int = 0
     large: dict[Share, None] = attrs.field(factory=dict)
     """Those that hold more than `SMALL`, those first who did so first."""
     first_since: float = 0.0
     """When the first of them became the first."""
+    waiting: dict[Share, trio.Event] = attrs.field(factory=dict)
+    """Of these, those that have to wait, and what tells them that they need not any more."""
+    _gave_way: int = 0
+    _silent_until: float = 0.0
 
     @property
     def first(self) -> Share | None:
@@ -49,6 +61,23 @@ class Arriving:
     @property
     def patient_until(self) -> float:
         return self.first_since + self.patience
+
+    def wake(self, share: Share) -> None:
+        if share in self.waiting:
+            self.waiting.pop(share).set()
+
+    def wake_next(self) -> None:
+        """Whoever is woken wakes the next one: so what the first ones read is counted before many more go on."""
+        if share := self.first if self.used > self.limit else next(iter(self.waiting), None):
+            self.wake(share)
+
+    def drop(self, share: Share) -> None:
+        share.end()
+        share.give_way()
+        self._gave_way += 1
+        if (now := trio.current_time()) >= self._silent_until:
+            logger.warning("messages and bodies dropped, as too many were coming at a time: %d", self._gave_way)
+            self._gave_way, self._silent_until = 0, now + LOG_PERIOD
 
 
 @attrs.define(eq=False)
@@ -59,47 +88,47 @@ class Share:
     give_way: Callable[[], None]
     size: int = 0
     is_over: bool = False
-    turn: trio.Event = attrs.field(factory=trio.Event)
 
     def hold(self, size: int) -> None:
         """From now on it is this much."""
         if self.is_over:
             return
-        change, self.size = size - self.size, size
-        before = self.arriving.first
+        arriving, before = self.arriving, self.arriving.first
+        arriving.used += size - self.size
+        self.size = size
         if size > SMALL:
-            self.arriving.large.setdefault(self)
+            arriving.large.setdefault(self)
         else:
-            self.arriving.large.pop(self, None)
-        if (first := self.arriving.first) is not before and first:
-            self.arriving.first_since = trio.current_time()
-            first.turn.set()
-        if change > 0:
-            self.arriving.budget.add(change)
-        else:
-            self.arriving.budget.release(-change)
+            arriving.large.pop(self, None)
+            arriving.wake(self)
+        if arriving.first is not before:
+            arriving.first_since = trio.current_time()
+        arriving.wake_next()
 
     def end(self) -> None:
         """It holds nothing any more, and never will."""
         self.hold(0)
         self.is_over = True
-        self.turn.set()
 
     async def wait_for_room(self) -> None:
         """Returns when there is room for more, or this has ended."""
-        while self._has_to_wait and (first := self.arriving.first):
-            self.turn = trio.Event()
-            with self.arriving.budget.queueing(self.turn.set):
-                with trio.move_on_at(self.arriving.patient_until):
-                    await self.turn.wait()
-            is_late = self.arriving.first is first and trio.current_time() >= self.arriving.patient_until
-            if self._has_to_wait and is_late:
-                first.end()
-                first.give_way()
-
-    @property
-    def _has_to_wait(self) -> bool:
-        return self.size > SMALL and self.arriving.budget.is_exceeded and self.arriving.first is not self
+        arriving = self.arriving
+        if self.size <= SMALL or arriving.first is self or arriving.used <= arriving.limit:
+            return
+        until = trio.current_time() + arriving.longest_wait
+        turn = arriving.waiting[self] = trio.Event()
+        try:
+            while not turn.is_set():
+                with trio.move_on_at(min(until, arriving.patient_until)):
+                    await turn.wait()
+                    return
+                if trio.current_time() >= until:
+                    arriving.drop(self)
+                elif (first := arriving.first) and trio.current_time() >= arriving.patient_until:
+                    arriving.drop(first)
+        finally:
+            arriving.waiting.pop(self, None)
+            arriving.wake_next()
 
 
 @attrs.define(eq=False)

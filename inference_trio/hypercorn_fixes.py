@@ -22,7 +22,7 @@ is dropped after ``pong_timeout`` of that. To drop it at once would punish clien
 Left to the application: ``send`` on a closed stream returns without a checkpoint, so a loop around it needs one
 of its own; a handler that raises closes with 1000, so it has to close with 1011 itself;
 ``app.websocket_class = BoundedWebsocket``; ``MAX_CONTENT_LENGTH`` equal to ``max_message_bytes``, and
-``BODY_TIMEOUT`` for a body that trickles in.
+``BODY_TIMEOUT`` to ``body_timeout``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 
 from .arriving import Arriving
-from .hypercorn_streams import BoundedHTTPStream, BoundedWSStream, OnlyHTTP1
+from .hypercorn_streams import BoundedHTTPStream, BoundedWSStream, OnlyHTTP1, overloaded
 
 LINGER = 5.0
 """Seconds for which a connection that we close is still read, and an application is told that it ended."""
@@ -56,12 +56,8 @@ STOPPING_TIME = 0.5
 plain_worker_serve = hypercorn.trio.run.worker_serve
 """Hypercorn's own, for another app beside the one that it was started with."""
 
-_NO_PLACE = b'{"error":{"code":-32005,"message":"There are too many connections","data":{"retry_after":1}}}'
-NO_PLACE = (
-    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
-    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(_NO_PLACE), _NO_PLACE)
-)
-
+_HEADERS, _BODY = overloaded("There are too many connections")
+NO_PLACE = b"HTTP/1.1 503 Service Unavailable\r\n%s\r\n%s" % (b"".join(b"%s: %s\r\n" % it for it in _HEADERS), _BODY)
 
 PIECE = 2**16
 """Bytes that even a slow peer takes in time; the end of a task may be many times as long."""
@@ -75,12 +71,14 @@ class ServerLimits:
     message is answered with close code 1009; of a larger body the application sees just enough to refuse it.
     ``max_connections``: open ones; a further one is answered with 503 at once.
     ``max_arriving_bytes``: of messages and bodies that nobody is through with yet, on all connections together; beyond
-    it those that are not small have to wait, and the one that holds up others for longer than ``arriving_patience`` is
-    refused, with close code 1013 or status 503. At least one message has to find room.
+    it those that are not small have to wait. The one that holds up others for longer than ``arriving_patience``, and
+    each that had to wait for half of ``pong_timeout``, is refused, with close code 1013 or status 503. At least one
+    message has to find room.
     ``write_timeout``: how long a write, or `PIECE` bytes of a longer one, may take before the peer is dropped.
     ``ping_interval``, ``pong_timeout``: how often a WebSocket is pinged, and how long any peer may send nothing at
     all before it is dropped. The second must be larger than the first, and than any response takes.
     ``header_timeout``: until the first or the next request's headers are complete.
+    ``body_timeout``: until its body is, once it is asked for; to be set as Quart's ``BODY_TIMEOUT``, which answers 408.
     """
 
     max_message_bytes: int
@@ -91,6 +89,7 @@ class ServerLimits:
     ping_interval: float = 20.0
     pong_timeout: float = 60.0
     header_timeout: float = 30.0
+    body_timeout: float = 60.0
 
     def apply(self, config: Config) -> None:
         """Set what Hypercorn can be told."""
@@ -114,26 +113,29 @@ class Hooks:
     ``before_start`` is called with Hypercorn's configuration; ``before_stop`` is awaited between the trigger and the
     stop, while all is still served. ``watch`` makes the trigger of a worker that Hypercorn's command started, out of
     the one that the command gave it, if any: the command itself leaves signals that reach the worker alone. ``leave``
-    is called when such a worker has nothing more to do.
+    is called when such a worker has nothing more to do. ``on_refusal`` is called for each connection, message or body
+    that is refused because there are too many, with ``http`` and the status or ``websocket`` and the close code.
     """
 
     before_start: Callable[[Config], None] = lambda _: None
     before_stop: Trigger = trio.lowlevel.checkpoint
     watch: Callable[[Trigger | None], Trigger | None] = lambda trigger: trigger
     leave: Callable[[], None] = lambda: None
+    on_refusal: Callable[[str, int], None] = lambda *_: None
 
 
-def install(limits: ServerLimits, hooks: Hooks | None = None) -> None:
+def install(limits: ServerLimits, hooks: Hooks | None = None) -> Arriving:
     """Make Hypercorn's Trio worker use these fixes in this process. The last call's arguments count."""
     hooks = hooks or Hooks()
     places = trio.CapacityLimiter(limits.max_connections)
-    arriving = Arriving(limits.max_arriving_bytes, limits.arriving_patience)
+    arriving = Arriving(limits.max_arriving_bytes, limits.arriving_patience, limits.pong_timeout / 2, hooks.on_refusal)
     hypercorn.trio.worker_serve = partial(_serve, hooks)  # type: ignore[attr-defined]
     hypercorn.trio.run.worker_serve = partial(_serve_command, hooks)
-    hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits, places)  # type: ignore[assignment, attr-defined]
+    hypercorn.trio.run.TCPServer = partial(BoundedTCPServer, limits, hooks, places)  # type: ignore[assignment, attr-defined]
     hypercorn.protocol.H11Protocol = OnlyHTTP1  # type: ignore[attr-defined]
     hypercorn.protocol.h11.WSStream = partial(BoundedWSStream, arriving)  # type: ignore[assignment, attr-defined]
     hypercorn.protocol.h11.HTTPStream = partial(BoundedHTTPStream, arriving)  # type: ignore[assignment, attr-defined]
+    return arriving
 
 
 async def _serve_command(
@@ -165,11 +167,12 @@ class BoundedTCPServer(TCPServer):
     """One connection, which ends in bounded time whatever its peer and its application do."""
 
     def __init__(
-        self, limits: ServerLimits, places: trio.CapacityLimiter, app: Any, config: Config, *args: Any
+        self, limits: ServerLimits, hooks: Hooks, places: trio.CapacityLimiter, app: Any, config: Config, *args: Any
     ) -> None:
         limits.apply(config)
         super().__init__(app, config, *args)
         self._limits = limits
+        self._hooks = hooks
         self._places = places
         self._closing = False
         self._connection = trio.CancelScope()
@@ -184,6 +187,7 @@ class BoundedTCPServer(TCPServer):
         try:
             self._places.acquire_on_behalf_of_nowait(self)
         except trio.WouldBlock:
+            self._hooks.on_refusal("http", 503)
             self._write_at_once(NO_PLACE)
             await trio.aclose_forcefully(self.stream)
             return

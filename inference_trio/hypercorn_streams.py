@@ -24,6 +24,8 @@ from wsproto.events import CloseConnection, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 
 from .arriving import Arriving, Inbox, Share
+from .errors import OverloadedError
+from .jsonrpc import encode
 
 HTTP_1_1_REQUIRED = bytes.fromhex("000000040000000000000008070000000000000000000000000d")
 """What a server may answer to HTTP/2: its settings, none, and GOAWAY with this code (RFC 9113, sections 6.8 and 7)."""
@@ -37,6 +39,14 @@ _TOKENS = (b"connection", b"sec-websocket-protocol", b"sec-websocket-extensions"
 
 _INBOX = "inference_trio.inbox"
 """Where in a WebSocket's scope its `Inbox` is, in ``state``."""
+
+
+def overloaded(message: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of the 503 for what is refused before the application sees it."""
+    body = encode({"error": OverloadedError(message, retry_after=1).to_wire()}).encode()
+    size = str(len(body)).encode()
+    headers = [(b"connection", b"close"), (b"retry-after", b"1"), (b"content-type", b"application/json")]
+    return [*headers, (b"content-length", size)], body
 
 
 class OnlyHTTP1(H11Protocol):
@@ -87,9 +97,7 @@ class BoundedHTTPStream(HTTPStream):
         self._body_size = 0
 
     async def handle(self, event: StreamEvent) -> None:
-        if isinstance(event, StreamClosed):
-            self._share.end()
-        elif self._share.is_over or (self._passed and isinstance(event, (Body, EndBody))):
+        if isinstance(event, (Body, EndBody)) and (self._passed or self._share.is_over):
             return
         if isinstance(event, Body):
             self._body_size += len(event.data)
@@ -100,13 +108,20 @@ class BoundedHTTPStream(HTTPStream):
                 await super().handle(EndBody(stream_id=event.stream_id))
             await self._share.wait_for_room()
 
+    async def app_send(self, message: ASGISendEvent | None) -> None:
+        if message is None:
+            self._share.end()  # the application has ended, in whichever way: until then it has the body
+        await super().app_send(message)
+
     def _give_way(self) -> None:
+        self._share.arriving.on_refusal("http", 503)
         self.task_group.spawn(self._refuse)
 
     async def _refuse(self) -> None:
+        headers, body = overloaded("Too much is arriving on all connections together")
         if self.state is ASGIHTTPState.REQUEST and not self.closed:
-            await self._send_error_response(503)
-            await self.send(StreamClosed(stream_id=self.stream_id))
+            await self.app_send({"type": "http.response.start", "status": 503, "headers": headers, "trailers": False})
+            await self.app_send({"type": "http.response.body", "body": body, "more_body": False})
 
     @property
     def _passed(self) -> bool:
@@ -167,6 +182,7 @@ class BoundedWSStream(WSStream):
         await self._inbox.wait_for_room()
 
     def _give_way(self) -> None:
+        self._inbox.share.arriving.on_refusal("websocket", TRY_AGAIN_LATER)
         self._inbox.close()
         self.task_group.spawn(self._end, CloseConnection(code=TRY_AGAIN_LATER))
 

@@ -16,11 +16,12 @@ import attrs
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config, Sockets
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from quart import Response
 from quart_trio import QuartTrio
 
+from .arriving import Arriving
 from .errors import OverloadedError, UpstreamError
 from .hypercorn_fixes import plain_worker_serve
 from .report import Census, FailedAttempt, TaskReport
@@ -96,9 +97,12 @@ class Metrics:
         self._retries = Counter("inference_retries", "Failed calls that were tried again", model, registry=registry)
         self._refused = Counter(
             "inference_refused",
-            "Requests refused: over HTTP by status, over a WebSocket by the error's code",
+            "Requests refused: over HTTP by status, over a WebSocket by the error's code, or by that of its close",
             ("over", "code"),
             registry=registry,
+        )
+        self._arriving = Gauge(
+            "inference_arriving_bytes", "Messages and bodies of clients that nobody is through with", registry=registry
         )
         self._tools = Histogram(
             "inference_tool_seconds", "From a tool call to its result", buckets=_TOOL, registry=registry
@@ -117,6 +121,10 @@ class Metrics:
     def request_refused(self, over: str, code: int) -> None:
         """``over`` is ``http`` or ``websocket``."""
         self._refused.labels(over, code).inc()
+
+    def show_arriving(self, arriving: Arriving) -> None:
+        """From now on."""
+        self._arriving.set_function(lambda: arriving.used)
 
     def attempt_failed(self, model: str, failure: FailedAttempt) -> None:
         self._failures.labels(model, failure.error.kind, _status_class(failure.error)).inc()

@@ -84,10 +84,13 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     arriving = max(settings.memory_bytes // 4, 2 * settings.max_message_bytes)
     limits = ServerLimits(settings.max_message_bytes, settings.max_connections, arriving)
     watch = partial(watch_signals, settings.drain_seconds)
-    install(limits, Hooks(service.before_start, service.drain, watch, partial(leave, 0)))
+    metrics = service.metrics
+    hooks = Hooks(service.before_start, service.drain, watch, partial(leave, 0), metrics.request_refused)
+    metrics.show_arriving(install(limits, hooks))
     app = QuartTrio(__package__, static_folder=None)
     app.websocket_class = BoundedWebsocket
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_message_bytes
+    app.config["MAX_CONTENT_LENGTH"] = limits.max_message_bytes
+    app.config["BODY_TIMEOUT"] = limits.body_timeout
     app.config["BACKGROUND_TASK_SHUTDOWN_TIMEOUT"] = None  # what runs in the nursery ends when it is told to
     rules = BrowserRules(service.access)
     app.before_request(rules.before_request)
@@ -293,7 +296,7 @@ async def _hold(context: AbstractAsyncContextManager[T], task_status: trio.TaskS
 
 async def _json_body() -> Any:
     """The request's body; no body stands for an empty object."""
-    body = await request.get_data()
+    body = await request.get_data(cache=False)
     if not body:
         return {}
     if not request.is_json:

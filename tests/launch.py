@@ -1,7 +1,7 @@
 """The server's commands as a test needs them: ``python -m tests.launch '{"write_timeout": 1}' serve --port 0``.
 
 The first argument has limits in place of the defaults of `ServerLimits`. It may have ``grace``, in place of
-`process.GRACE`, ``body_timeout``, in place of Quart's, ``files``, the most that may be open, and ``stuck``: then the
+`process.GRACE`, ``files``, the most that may be open, and ``stuck``: then the
 model is one whose threads react to nothing. ``serve`` is ours, anything else is for Hypercorn's command.
 
 On SIGUSR1 the process writes how many Trio tasks it has, a line on standard output; on SIGUSR2 how many blocks of
@@ -25,7 +25,6 @@ from functools import partial
 import hypercorn.__main__
 import trio
 import trio._core._thread_cache
-from quart_trio import QuartTrio
 
 from inference_trio import __main__ as ours
 from inference_trio import process, server
@@ -51,7 +50,6 @@ options, *arguments = sys.argv[1:]
 limits = json.loads(options)
 # All of this also in a worker, for which Hypercorn's command starts this module anew.
 process.GRACE = limits.pop("grace", process.GRACE)
-QuartTrio.default_config = {**QuartTrio.default_config, "BODY_TIMEOUT": limits.pop("body_timeout", 60)}
 if files := limits.pop("files", None):
     resource.setrlimit(resource.RLIMIT_NOFILE, (files // 2, files))
 if limits.pop("stuck", False):

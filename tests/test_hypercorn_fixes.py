@@ -9,6 +9,7 @@ what is still to happen needs no more input: how fast the kernel delivers must n
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -38,7 +39,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from wsproto.events import BytesMessage, CloseConnection, Message, Ping, Pong, TextMessage
 
 from inference_trio import hypercorn_fixes
-from inference_trio.hypercorn_fixes import ServerLimits, install
+from inference_trio.arriving import Arriving
+from inference_trio.hypercorn_fixes import Hooks, ServerLimits, install
 from inference_trio.hypercorn_streams import BoundedWebsocket, OnlyHTTP1
 from tests.sockets import HANDSHAKE, Client, connected, everything, pour
 
@@ -611,8 +613,17 @@ async def test_a_large_message_waits_until_the_one_before_it_has_ended() -> None
             assert (await client.message()).startswith("'x")
 
 
+Refusals = list[tuple[str, int]]
+
+
+def install_and_note() -> tuple[Arriving, Refusals]:
+    """With `LARGE`. What is arriving, and the list that refusals are put on."""
+    refusals: Refusals = []
+    return install(LARGE, Hooks(on_refusal=lambda *refusal: refusals.append(refusal))), refusals
+
+
 async def test_a_message_that_does_not_end_gives_way_in_time(clock: MockClock) -> None:
-    install(LARGE)
+    _, refusals = install_and_note()
     async with serving(ToyApp()) as port, connected(port) as one, connected(port) as other:
         await one.send(BEGINNING)
         await wait_all_tasks_blocked()
@@ -623,28 +634,105 @@ async def test_a_message_that_does_not_end_gives_way_in_time(clock: MockClock) -
         assert await one.close_code() == 1013
         await one.end_of_file()
         assert (await other.message()).startswith("'x")
+    assert refusals == [("websocket", 1013)]
+
+
+async def test_a_message_that_waits_for_too_long_gives_way_too(clock: MockClock) -> None:
+    install(attrs.evolve(LARGE, arriving_patience=HOUR))
+    async with serving(ToyApp()) as port, connected(port) as one, connected(port) as other:
+        await one.send(BEGINNING)
+        await wait_all_tasks_blocked()
+        await other.send(BEGINNING)
+        await wait_all_tasks_blocked()
+        clock.jump(LARGE.pong_timeout / 2)
+        assert await other.close_code() == 1013
+        await other.end_of_file()
+
+
+BODY = POST % b"Content-Length: 70000\r\n" + b"x" * 60_000
+
+
+class Posting(ToyApp):
+    """``hold`` has the body of its request until ``leave`` is set, whatever becomes of the connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config["MAX_CONTENT_LENGTH"] = LARGE.max_message_bytes
+        self.post("/hold")(self.hold)
+
+    async def hold(self) -> str:
+        body = await request.get_data()
+        with trio.CancelScope(shield=True):
+            self.busy.set()
+            await self.leave.wait()
+        return str(len(body))
 
 
 async def test_a_body_that_does_not_end_gives_way_in_time(clock: MockClock) -> None:
-    install(LARGE)
-    beginning = POST % b"Content-Length: 70000\r\n" + b"x" * 60_000
-    app = ToyApp()
-    app.config["MAX_CONTENT_LENGTH"] = LARGE.max_message_bytes
-    async with serving(app) as port, await trio.open_tcp_stream("127.0.0.1", port) as one:
-        await one.send_all(beginning)
+    _, refusals = install_and_note()
+    async with serving(Posting()) as port, await trio.open_tcp_stream("127.0.0.1", port) as one:
+        await one.send_all(BODY)
         await wait_all_tasks_blocked()
         clock.jump(LARGE.arriving_patience)
         async with await trio.open_tcp_stream("127.0.0.1", port) as other:
-            await other.send_all(beginning + b"x" * 10_000)
-            assert (await everything(one)).startswith(b"HTTP/1.1 503")
+            await other.send_all(BODY + b"x" * 10_000)
+            check_refusal(await everything(one))
             assert (await other.receive_some()).startswith(b"HTTP/1.1 200")
+    assert refusals == [("http", 503)]
+
+
+async def comes_to(arriving: Arriving, used: int) -> None:
+    with trio.fail_after(10):
+        while arriving.used != used:
+            await trio.lowlevel.checkpoint()
+
+
+def check_refusal(answer: bytes) -> None:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503")
+    assert b"\r\nretry-after: 1\r\n" in head + b"\r\n"
+    error = json.loads(body)["error"]
+    assert (error["code"], error["data"]) == (-32005, {"retry_after": 1})
+
+
+async def test_a_body_counts_until_the_application_lets_go_of_it() -> None:
+    arriving, _ = install_and_note()
+    app = Posting()
+    async with serving(app) as port:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as one:
+            await one.send_all((BODY + b"x" * 10_000).replace(b"/length", b"/hold"))
+            await app.busy.wait()
+        await wait_all_tasks_blocked()
+        used = arriving.used
+        app.leave.set()
+        assert used == 70_000
+        await comes_to(arriving, 0)
+
+
+async def test_what_a_connection_held_that_fails_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    arriving, _ = install_and_note()
+
+    async def fail(*_: object) -> None:
+        raise ValueError("of Hypercorn's own")
+
+    async with serving(Posting()) as port, connected(port) as one:
+        await one.send(BEGINNING)
+        async with await trio.open_tcp_stream("127.0.0.1", port) as other:
+            await other.send_all(BODY)
+            await comes_to(arriving, 120_000)
+            monkeypatch.setattr(OnlyHTTP1, "handle", fail)
+            for stream in (one.stream, other):
+                await stream.send_all(b"x")
+                await everything(stream)
+        await comes_to(arriving, 0)
 
 
 async def test_a_connection_beyond_the_limit_is_told_and_closed() -> None:
-    install(LARGE)
+    _, refusals = install_and_note()
     async with serving(ToyApp()) as port, connected(port), connected(port), connected(port) as client:
         async with await trio.open_tcp_stream("127.0.0.1", port) as one_more:
-            assert (await everything(one_more)).startswith(b"HTTP/1.1 503")
+            check_refusal(await everything(one_more))
+        assert refusals == [("http", 503)]
         await client.send(TextMessage(data="still here"))
         assert await client.message() == "'still here'"
         await client.send(CloseConnection(code=1000))

@@ -179,6 +179,31 @@ async def test_whatever_is_refused_is_counted_by_its_code() -> None:
     }
 
 
+async def test_what_is_arriving_is_counted_until_nobody_needs_it_any_more() -> None:
+    begun = b"POST /create_session HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40001\r\n\r\n" + b"{" * 40_000
+    async with serving() as (server, _):
+
+        async def comes_to(used: int) -> None:
+            with trio.fail_after(PATIENCE):
+                while (await scrape(server))["inference_arriving_bytes",] != used:
+                    pass
+
+        async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
+            await stream.send_all(begun)
+            await comes_to(40_000)
+            await stream.send_all(b"{")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 415")
+            await comes_to(0)
+
+
+async def test_a_connection_beyond_the_limit_is_counted_as_refused() -> None:
+    async with serving(max_connections=1) as (server, _):
+        await server.get("/healthz")  # its connection is kept
+        async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 503")
+        assert (await scrape(server))["inference_refused_total", "503", "http"] == 1
+
+
 # Where it is
 
 
