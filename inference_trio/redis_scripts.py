@@ -18,7 +18,7 @@ of a Redis Cluster. Everything expires by itself when nobody uses it any more. S
     {inference}:ERA:leases           sorted set: worker -> when its lease ends, in Redis's milliseconds
     {inference}:ERA:counts           hash: tasks running, in all and by owner
     {inference}:ERA:held:WORKER      hash: what is lost with this worker, its tasks and connections
-    {inference}:ERA:ended:WORKER     the tasks that ended last
+    {inference}:ERA:past:WORKER      those of them that ended last
     {inference}:ERA:sessions[:OWNER] sorted set: session -> when it expires, for the limits
     {inference}:ERA:rate:OWNER       until when requests are spent
 

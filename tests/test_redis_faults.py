@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from collections.abc import AsyncIterator, Iterator
@@ -280,9 +281,9 @@ async def test_a_session_that_nobody_has_here_any_more_is_made_again_and_works_a
         session_id = await it.create(0, tools=[fakes.tool(TOOL)])
         notes: list[Any] = []
         for _ in range(2):
-            while it.stores[0].worker.in_use():
+            while session_id in it.stores[0].worker.sessions:
                 await pause()
-            it.stores[0].worker.sessions.clear()  # as if it had been collected: nobody holds it
+                gc.collect()
             socket = await it.connect(0, session_id, after=len(notes))
             assert (await socket.hear())["params"]["latest_seq"] == len(notes)
             socket.call("generate", {"message": "hi"})
@@ -400,6 +401,20 @@ async def test_lost_replies_and_late_copies_change_nothing(
 
 async def tasks_known(store: RedisStore, session_id: str) -> list[Any]:
     return list(await store.worker.link.run("where", store.worker.session_key(session_id)))
+
+
+async def test_a_late_copy_of_a_connection_that_is_gone_leaves_nothing(redis: RedisServer) -> None:
+    async with mortals(redis, HELLO) as it:
+        first = await it.connect(0, await it.create(0))
+        worker, name = it.stores[0].worker, f"{it.stores[0].worker.id}:1"
+        held = f"{worker.for_all}:held:{worker.id}"
+        assert name.encode() in redis.ask("HKEYS", held)
+        await first.drop()
+        while name.encode() in redis.ask("HKEYS", held):
+            await pause()
+        terms = (worker.id, name, "1", first.session_id, "", worker.ttl)
+        assert await worker.link.run("hold", worker.for_all, *terms) == [b"lost"]
+        assert name.encode() not in redis.ask("HKEYS", held)
 
 
 # What is under way while a client comes back

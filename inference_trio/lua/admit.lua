@@ -1,13 +1,12 @@
 -- worker, task, session, owner, most tasks, most of the owner, most requests a minute -> 'ok', or why not
-local held, mine = all .. ':held:' .. ARGV[1], 'tasks:' .. ARGV[4]
-if redis.call('HEXISTS', held, ARGV[2]) == 1 then return {'ok'} end
-if string.find(redis.call('GET', all .. ':ended:' .. ARGV[1]) or '', ARGV[2], 1, true) then return {'lost'} end
-if not is_alive(ARGV[1]) then return {'lost'} end
+local mine = 'tasks:' .. ARGV[4]
+if redis.call('HEXISTS', held(ARGV[1]), ARGV[2]) == 1 then return {'ok'} end
+if not may_hold(ARGV[1], ARGV[2]) then return {'lost'} end
 if tonumber(redis.call('HGET', counts, 'tasks') or 0) >= tonumber(ARGV[5]) then return {'many'} end
 if ARGV[6] ~= '' and tonumber(redis.call('HGET', counts, mine) or 0) >= tonumber(ARGV[6]) then return {'owner'} end
 local wait = spend(ARGV[4], ARGV[7])
 if wait then return {'rate', wait} end
-redis.call('HSET', held, ARGV[2], ARGV[3] .. ' ' .. ARGV[4])
+keep(ARGV[1], ARGV[2], ARGV[3] .. ' ' .. ARGV[4])
 redis.call('HINCRBY', counts, 'tasks', 1)
 redis.call('HINCRBY', counts, mine, 1)
 return {'ok'}

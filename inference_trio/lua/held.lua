@@ -1,2 +1,2 @@
 -- worker -> name, what it belongs to, ...
-return redis.call('HGETALL', all .. ':held:' .. ARGV[1])
+return redis.call('HGETALL', held(ARGV[1]))
