@@ -69,10 +69,14 @@ class Model(Protocol):
 class Sink(Protocol):
     """Where notifications go."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether text must not be appended before `wait_for_room` has returned."""
+
     def append(self, note: TaskNotification) -> None: ...
 
     async def wait_for_room(self) -> None:
-        """Returns when more may be appended; text must not be appended without having waited."""
+        """Returns when more may be appended."""
 
 
 @attrs.define(eq=False)
@@ -170,7 +174,6 @@ class Runner:
         scope = trio.CancelScope(deadline=trio.current_time() + self.settings.first_token_timeout)
 
         async def receive(delta: Delta) -> None:
-            scope.deadline = math.inf
             if not self._has_begun:
                 self._has_begun = True
                 self._timeline.begin_answer(trio.current_time())
@@ -179,11 +182,13 @@ class Runner:
                 self._apply(ReasoningReceived(delta.reasoning, delta.reasoning_field))
             if delta.text:
                 self._apply(TextReceived(delta.text))
-            await self.sink.wait_for_room()
+            if self.sink.is_full:
+                scope.deadline = math.inf
+                await self.sink.wait_for_room()
             limit = self.settings.token_timeout
             if accumulator.finish_reason:
                 limit = min(limit, LAST_CHUNKS_TIMEOUT)
-            scope.deadline = trio.current_time() + limit
+            _extend(scope, limit)
 
         try:
             with scope:
@@ -296,6 +301,14 @@ def _fields_of(report: TaskReport) -> JsonObject:
         "first_token_s": first_token and round(first_token, 3),
         "duration_s": round(report.duration, 3),
     }
+
+
+def _extend(scope: trio.CancelScope, limit: float) -> None:
+    """Gives it ``limit`` seconds from now, or at most a tenth (and a second) more: moving a deadline is not cheap."""
+    least = trio.current_time() + limit
+    most = least + min(1.0, limit / 10)
+    if not least <= scope.deadline <= most:
+        scope.deadline = most
 
 
 def _delay_before_next(error: InferenceError, attempt: int) -> float | None:

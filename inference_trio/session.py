@@ -167,6 +167,10 @@ class Session:
         if self.attached:
             self.attached.wake()
 
+    @property
+    def is_full(self) -> bool:
+        return self.outbox.is_full
+
     async def settle(self) -> None:
         """Nothing: what the tasks have told is in the outbox at once."""
 

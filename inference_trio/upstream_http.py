@@ -7,10 +7,10 @@ for a request lie in a stack.
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from math import inf
 from typing import Any
 
@@ -18,6 +18,8 @@ import attrs
 import h11
 import httpx2
 import trio
+
+from .chunked import ChunkedBody, ChunkError
 
 MAX_READ = 65_536
 """Bytes read from a socket at a time."""
@@ -103,39 +105,78 @@ class _Connection:
     _tcp: trio.SocketStream
     idle_since: float = 0.0
     _http: h11.Connection = attrs.field(factory=lambda: h11.Connection(h11.CLIENT))
+    _chunked: ChunkedBody | None = None
+    """The body of the answer, where it comes in chunks; h11 has all others."""
+    _is_kept: bool = False
 
     async def send(self, request: httpx2.Request) -> h11.Response:
         """The head of the answer to ``request``, whose body must have been read."""
-        if self._http.our_state is h11.DONE:
-            self._http.start_next_cycle()
+        self._http = h11.Connection(h11.CLIENT)
         request_line = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
         events = (request_line, h11.Data(data=request.content), h11.EndOfMessage())
-        with _as_httpx2(httpx2.WriteError):
+        try:
             await self._stream.send_all(b"".join(self._http.send(event) or b"" for event in events))
-        with _as_httpx2(httpx2.ReadError):
-            while not isinstance(event := await self._next_event(), h11.Response):
-                pass  # an informational one
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise httpx2.WriteError(str(error)) from error
+        while not isinstance(event := await self._next_event(), h11.Response):
+            pass  # an informational one
+        headers = dict(event.headers)
+        is_chunked = b"transfer-encoding" in headers and event.http_version == b"1.1"  # h11 knows no other coding
+        self._chunked = ChunkedBody(self._http.trailing_data[0]) if is_chunked else None
+        self._is_kept = b"close" not in headers.get(b"connection", b"").lower()
         return event
 
     async def read(self) -> bytes:
         """All of the body that has come, waiting for some; nothing at its end."""
+        if self._chunked is None:
+            return await self._read_other()
+        try:
+            content = self._chunked.feed(b"")
+            while not content and not self._chunked.is_complete:
+                data = await self._receive()
+                if not data:
+                    raise httpx2.RemoteProtocolError("The answer broke off within its body")
+                content = self._chunked.feed(data)
+        except ChunkError as error:
+            raise httpx2.RemoteProtocolError(str(error)) from error
+        return content
+
+    async def _read_other(self) -> bytes:
         parts: list[bytes] = []
         if self._http.their_state in (h11.SEND_BODY, h11.ERROR):
-            with _as_httpx2(httpx2.ReadError):
-                event = await self._next_event()
-                with suppress(h11.RemoteProtocolError):  # the next read raises it again
-                    while isinstance(event, h11.Data):
-                        parts.append(event.data)
-                        event = self._http.next_event()
+            event = await self._next_event()
+            with suppress(h11.RemoteProtocolError):  # the next read raises it again
+                while isinstance(event, h11.Data):
+                    parts.append(event.data)
+                    event = self._http.next_event()
         return b"".join(parts)
 
     async def _next_event(self) -> Any:
-        while (event := self._http.next_event()) is h11.NEED_DATA:
-            self._http.receive_data(bytes(await self._stream.receive_some(MAX_READ)))
+        try:
+            while (event := self._http.next_event()) is h11.NEED_DATA:
+                self._http.receive_data(await self._receive())
+        except h11.RemoteProtocolError as error:
+            raise httpx2.RemoteProtocolError(str(error)) from error
         return event
+
+    async def _receive(self) -> bytes:
+        """What has come, waiting for some; nothing at the end. There hardly ever is any already, so this waits first.
+
+        Raises httpx2.ReadError.
+        """
+        try:
+            if self._stream is self._tcp:
+                await trio.lowlevel.wait_readable(self._tcp.socket)
+                with suppress(BlockingIOError):
+                    return os.read(self._tcp.socket.fileno(), MAX_READ)
+            return bytes(await self._stream.receive_some(MAX_READ))
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise httpx2.ReadError(str(error)) from error
 
     def is_reusable(self) -> bool:
         """Whether another request may be sent: this one and its answer have come to their ends."""
+        if self._chunked:
+            return self._is_kept and self._chunked.is_complete and not self._chunked.rest
         return self._http.our_state is self._http.their_state is h11.DONE and not self._http.trailing_data[0]
 
     def is_silent(self) -> bool:
@@ -144,16 +185,6 @@ class _Connection:
 
     def close(self) -> None:
         self._tcp.socket.close()
-
-
-@contextmanager
-def _as_httpx2(network_error: type[httpx2.NetworkError]) -> Iterator[None]:
-    try:
-        yield
-    except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-        raise network_error(str(error)) from error
-    except h11.RemoteProtocolError as error:
-        raise httpx2.RemoteProtocolError(str(error)) from error
 
 
 @attrs.define(eq=False)

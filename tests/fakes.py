@@ -119,6 +119,10 @@ class FakeSink:
         self.room = trio.Event()
         self.room.set()
 
+    @property
+    def is_full(self) -> bool:
+        return not self.room.is_set()
+
     def append(self, note: TaskNotification) -> None:
         self.notes.append(note)
 

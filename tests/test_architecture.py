@@ -55,6 +55,7 @@ ORDER = (
     "tool_calls",
     "messages",
     "bridge",
+    "chunked",
     "upstream_http",
     "sse",
     "upstream_errors",

@@ -400,7 +400,7 @@ async def test_usage_that_does_not_come_is_not_waited_for_long(autojump_clock: A
     before = trio.current_time()
     runner = await run([text("all"), finish(usage=None), hang])
     assert last(runner).final_text == "all"
-    assert trio.current_time() - before == 5.0
+    assert 5.0 <= trio.current_time() - before <= 5.5
 
 
 async def test_parameters_of_tools_need_tools() -> None:
