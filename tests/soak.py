@@ -45,7 +45,7 @@ VARIABLES = {
 RATE = 12.0
 """Visits begun a second, all sessions together: what two cores carry with room to spare."""
 LONGEST_VISIT = 120.0
-IN_USE = ("inference_tasks{", "inference_sessions")
+TASKS, SESSIONS = "inference_tasks{", "inference_sessions"
 BLOCKS_LEARNT, BLOCKS_PER_TASK = 8_000, 5
 """What the server may keep in memory: what it loads late and remembers, and per task less than the least of them."""
 LONG = [("text_chunk", "x" * 10_000)] * 300
@@ -105,7 +105,7 @@ class Memory:
 
 @attrs.frozen
 class Outcome:
-    """What came of it, and what the process held: without a task and a session before and after, in use between."""
+    """What came of it, and what the process held: without a task before and after, in use between."""
 
     tally: Tally
     before: Holdings
@@ -315,12 +315,12 @@ async def run(process: ServerProcess, port: int, minutes: float, sessions: int, 
     tally, script = Tally(), Script()
     async with open_upstream(script.answer, port=port):
         await warm_up(process, script, tally)
-        await settle(process, tally)
+        await settle(process, tally, TASKS)
         before, at_start = await at_rest(process), Memory.of(process)
         half_time = await visit_all(process, script, tally, minutes * 60, sessions, seed)
     async with open_upstream(script.answer, port=port):  # so the server keeps no connection to the one before
         await warm_up(process, script, tally)
-        await settle(process, tally)
+        await settle(process, tally, TASKS)
         after = await process.wait_for(before.covers, f"left behind, with {before} before")
         return Outcome(tally, before, after, (at_start, half_time, Memory.of(process)))
 
@@ -340,7 +340,7 @@ async def visit_all(
             half_time = Memory.of(process)
         if trio.current_time() < until:
             tally.wrong.append("the visits ended before their time: what is counted here is not all there was")
-    await settle(process, tally)
+    await settle(process, tally, TASKS, SESSIONS)
     return half_time
 
 
@@ -363,12 +363,12 @@ async def at_rest(process: ServerProcess) -> Holdings:
     return now
 
 
-async def settle(process: ServerProcess, tally: Tally) -> None:
-    """Waits until no task runs and no session is kept; then as many tasks must have ended as were started."""
+async def settle(process: ServerProcess, tally: Tally, *kept: str) -> None:
+    """Waits until the server has none of these any more; then as many tasks must have ended as were started."""
     headers = {"Connection": "close"}
     async with httpx2.AsyncClient(base_url=process.url, timeout=PATIENCE, verify=False, headers=headers) as http:
         with trio.move_on_after(LONGEST_VISIT):
-            while any(map(partial(metric, text := (await http.get("/metrics")).text), IN_USE)):  # noqa: ASYNC110
+            while any(map(partial(metric, text := (await http.get("/metrics")).text), kept)):  # noqa: ASYNC110
                 await trio.sleep(0.5)
     ended = metric(text, "inference_tasks_ended_total")
     if ended != tally.started:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -352,12 +351,11 @@ async def test_a_cancel_while_waiting_to_try_again() -> None:
         assert {(await client.hear()).get("method"), (await client.hear()).get("method")} == {"end", None}
 
 
-async def test_no_thread_is_left_and_two_hundred_sessions_do_not_wait_for_each_other(
+async def test_two_hundred_sessions_do_not_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bridge, "END_OF_BODY_GRACE", math.inf)  # the upstream shares this loop, and is as busy
     script = [answers.text("x"), answers.pause("all are there"), answers.reply("y")]
-    before = threading.active_count()
     async with serving(lambda _: script) as (server, upstream):
         async with trio.open_nursery() as nursery:
             ended = []
@@ -372,7 +370,6 @@ async def test_no_thread_is_left_and_two_hundred_sessions_do_not_wait_for_each_o
                 await upstream.wait_for_requests(200)
             upstream.gate("all are there").set()
         assert [end["final_text"] for end in ended] == ["xy"] * 200
-        assert threading.active_count() >= before
     assert all(request.complete for request in upstream.requests)
 
 

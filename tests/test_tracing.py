@@ -311,7 +311,7 @@ async def test_a_server_that_stops_has_sent_its_traces(tmp_path: Path) -> None:
     assert b"the answer" not in body
 
 
-async def test_langsmith_gets_each_call_of_the_model_as_langchain_tells_it(tmp_path: Path) -> None:
+async def test_langsmith_gets_each_call_of_the_model_as_langchain_tells_it_and_the_log_says_so(tmp_path: Path) -> None:
     with recording() as langsmith:
         variables = {"LANGSMITH_TRACING": "true", "LANGSMITH_API_KEY": "lsv2-x", "LANGSMITH_ENDPOINT": langsmith.url}
         async with (
@@ -325,6 +325,7 @@ async def test_langsmith_gets_each_call_of_the_model_as_langchain_tells_it(tmp_p
         sent += [langsmith.next() for _ in range(langsmith.requests.qsize())]
     path, headers, _ = sent[0]
     assert (path, headers["x-api-key"]) == ("/runs/multipart", "lsv2-x")
+    assert "LANGSMITH_TRACING is on" in (tmp_path / "server" / "inference_server.log").read_text()
     text = b"".join(body for _, _, body in sent)
     for part in (
         b'"run_type":"llm"',
