@@ -105,13 +105,6 @@ def environment(**variables: str) -> dict[str, str]:
     return inherited | {"DEEPSEEK_API_KEY": KEY, "INFERENCE_LOG_FILE": ""} | variables
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def server_process(
     folder: Path,
@@ -122,9 +115,8 @@ def server_process(
 ) -> Iterator[ServerProcess]:
     """A server that is ready, and is killed at the end if it is still there."""
     console = folder / "console"
-    port = free_port()
-    arguments = [part.format(port=port) for part in command]
-    with console.open("w") as stderr:
+    with reserved_port() as port, console.open("w") as stderr:
+        arguments = [part.format(port=port) for part in command]
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.launch", json.dumps(limits or {}), *arguments],
             cwd=Path(__file__).parent.parent,
@@ -134,12 +126,12 @@ def server_process(
             stdout=subprocess.PIPE,
             stderr=stderr,
         )
-    try:
-        yield ServerProcess(process, _address(process, command, port), console)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        try:
+            yield ServerProcess(process, _address(process, command, port), console)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def _address(process: subprocess.Popen[str], command: tuple[str, ...], port: int) -> str:

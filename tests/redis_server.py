@@ -16,6 +16,8 @@ from pathlib import Path
 import attrs
 import pytest
 
+from tests.processes import reserved_port
+
 STARTS_WITHIN = 20.0
 """Seconds."""
 
@@ -87,10 +89,7 @@ def running_redis(*options: str) -> Iterator[RedisServer]:
         if os.environ.get("TESTS_NEED_EVERYTHING"):
             pytest.fail(missing)
         pytest.skip(missing)
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
         server = RedisServer(Path(folder), port, options)
         try:
             server.start()

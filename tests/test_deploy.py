@@ -30,8 +30,9 @@ from inference_trio.variables import Secret
 from tests import answers
 from tests.harness import KEY, PATIENCE, Client, Server, open_server, settings
 from tests.javascript import STRICT
+from tests.processes import reserved_port
 from tests.redis_server import running_redis
-from tests.test_main import SERVE, environment, free_port, wait_until_ready
+from tests.test_main import SERVE, environment, wait_until_ready
 from tests.test_metrics import scrape
 from tests.upstream import Upstream, open_upstream
 
@@ -98,10 +99,9 @@ class Front:
             await socket.aclose()
 
 
-@asynccontextmanager
-async def fronted(folder: Path, urls: Sequence[str], nginx: dict[str, str] | None = None) -> AsyncIterator[Front]:
-    """nginx with the project's file, where only addresses and paths are other ones, and what ``nginx`` replaces."""
-    authority, port = trustme.CA(), free_port()
+def configured(folder: Path, port: int, urls: Sequence[str], nginx: dict[str, str]) -> ssl.SSLContext:
+    """Writes nginx's files, and returns what its clients trust."""
+    authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_pem.write_to_path(folder / "key.pem")
     for part in certificate.cert_chain_pems:
@@ -115,18 +115,25 @@ async def fronted(folder: Path, urls: Sequence[str], nginx: dict[str, str] | Non
         "127.0.0.1:8001": urls[0].removeprefix("http://"),
         "127.0.0.1:8002": urls[1].removeprefix("http://"),
     }
-    for ours, theirs in (changes | (nginx or {})).items():
+    for ours, theirs in (changes | nginx).items():
         assert ours in site
         site = site.replace(ours, theirs)
     (folder / "site.conf").write_text(site)
     (folder / "nginx.conf").write_text(MAIN.format(folder=folder))
     tls = ssl.create_default_context()
     authority.configure_trust(tls)
-    front = Front(port, tls, folder / "inference-trio.log")
-    command = [str(NGINX), "-p", str(folder), "-c", str(folder / "nginx.conf")]
-    async with started(command) as process:
-        await wait_until_answered(process, front)
-        yield front
+    return tls
+
+
+@asynccontextmanager
+async def fronted(folder: Path, urls: Sequence[str], nginx: dict[str, str] | None = None) -> AsyncIterator[Front]:
+    """nginx with the project's file, where only addresses and paths are other ones, and what ``nginx`` replaces."""
+    with reserved_port() as port:
+        front = Front(port, configured(folder, port, urls, nginx or {}), folder / "inference-trio.log")
+        command = [str(NGINX), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+        async with started(command) as process:
+            await wait_until_answered(process, front)
+            yield front
     assert not re.search(r"\[(emerg|alert|crit)\]", (folder / "error.log").read_text())
 
 
@@ -177,12 +184,13 @@ async def deployed(
 async def server_process(folder: Path, upstream: Upstream, **variables: str) -> AsyncIterator[str]:
     """The URL of ``inference-trio serve`` in a process of its own."""
     await trio.Path(folder).mkdir()
-    port = str(free_port())
     ours = {"LLM_BASE_URL": upstream.base_url, "DEEPSEEK_API_KEY": KEY, "INFERENCE_DRAIN_SECONDS": "0"}
     options = {"cwd": folder, "env": environment(**ours, **variables), "stdout": subprocess.DEVNULL}
-    async with started([*SERVE, "--port", port], **options) as process:
-        await wait_until_ready(process, f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
+    with reserved_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        async with started([*SERVE, "--port", str(port)], **options) as process:
+            await wait_until_ready(process, url)
+            yield url
 
 
 # nginx
@@ -232,10 +240,11 @@ async def test_with_redis_each_server_knows_every_session_and_none_is_sticky(tmp
 
 @needs_nginx
 async def test_new_sessions_go_to_the_server_that_is_left(tmp_path: Path) -> None:
+    nobody = "http://127.0.0.1:1"
     async with (
         open_upstream() as upstream,
         open_server(settings(upstream.base_url)) as left,
-        fronted(tmp_path, [left.url, f"http://127.0.0.1:{free_port()}"]) as front,
+        fronted(tmp_path, [left.url, nobody]) as front,
     ):
         for number in range(2, 18):
             await front.create_session(f"127.0.0.{number}")
@@ -293,7 +302,7 @@ def healthcheck() -> list[str]:
 async def test_the_health_check_of_the_image_tells_whether_the_server_is_ready(is_ready: bool) -> None:
     async with open_upstream() as upstream, open_server(settings(upstream.base_url)) as server:
         *python, program = healthcheck()
-        url = server.url if is_ready else f"http://127.0.0.1:{free_port()}"
+        url = server.url if is_ready else "http://127.0.0.1:1"
         assert "http://127.0.0.1:8000" in program
         command = [*python, program.replace("http://127.0.0.1:8000", url)]
         with trio.fail_after(PATIENCE):

@@ -21,6 +21,7 @@ import trio_websocket
 
 from inference_trio.process import loading
 from tests.harness import KEY
+from tests.processes import reserved_port
 from tests.test_local_model import ask_weather, needs_model
 
 SERVE = [sys.executable, "-m", "inference_trio", "serve"]
@@ -40,20 +41,11 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
     )
 
 
-def free_port() -> int:
-    """A port of the loopback address that nobody has just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 @contextmanager
 def running(command: list[str], folder: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server's process and its address, once it is ready."""
-    port = str(free_port())
-    at = ["--port", port] if "serve" in command else ["--bind", f"127.0.0.1:{port}"]
-    with (folder / "console").open("w+") as console:
+    with reserved_port() as port, (folder / "console").open("w+") as console:
+        at = ["--port", str(port)] if "serve" in command else ["--bind", f"127.0.0.1:{port}"]
         process = subprocess.Popen(
             [*command, *at], cwd=folder, env=environment(**variables), text=True, stdout=console, stderr=console
         )

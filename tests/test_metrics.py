@@ -19,7 +19,8 @@ from inference_trio.variables import Secret
 from tests import answers
 from tests.fakes import FakeModel, fail, finish, text, tool_call
 from tests.harness import KEY, PATIENCE, Server, reaching
-from tests.test_main import SERVE, free_port, run
+from tests.processes import reserved_port
+from tests.test_main import SERVE, run
 from tests.test_report import BROKE, BUSY, make_runner
 from tests.test_server import TOOL, serving
 
@@ -225,15 +226,15 @@ async def test_where_tokens_are_in_force_the_metrics_ask_for_one() -> None:
 
 
 async def test_on_a_port_of_their_own_the_metrics_ask_for_none_and_are_all_there_is() -> None:
-    port = free_port()
-    async with (
-        serving(metrics_port=port, auth_tokens={"a": Secret("t" * 16)}) as (server, _),
-        httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, verify=False) as http,
-    ):
-        assert samples((await http.get("/metrics")).text)["inference_sessions",] == 0
-        assert (await http.get("/healthz")).status_code == 404
-        headers = {"Authorization": f"Bearer {'t' * 16}"}
-        assert (await server.get("/metrics", headers=headers)).status_code == 404
+    with reserved_port() as port:
+        async with (
+            serving(metrics_port=port, auth_tokens={"a": Secret("t" * 16)}) as (server, _),
+            httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, verify=False) as http,
+        ):
+            assert samples((await http.get("/metrics")).text)["inference_sessions",] == 0
+            assert (await http.get("/healthz")).status_code == 404
+            headers = {"Authorization": f"Bearer {'t' * 16}"}
+            assert (await server.get("/metrics", headers=headers)).status_code == 404
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from inference_trio.variables import Secret
 
 from . import fakes
 from .fakes import FakeModel, FakeWebSocket, finish, hang, text
-from .processes import free_port
+from .processes import reserved_port
 from .redis_server import RedisServer, running_redis
 from .test_connection import CALLS, HELLO, TOOL, numbers, text_of, transcript
 
@@ -69,12 +69,13 @@ def redis() -> Iterator[RedisServer]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RedisServer]:
     """A Redis Cluster of one server: it refuses scripts that touch keys of two slots."""
-    options = ("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1", "--cluster-port", str(free_port()))
-    with running_redis(*options) as server:
-        assert server.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383") == b"+OK\r\n"
-        while b"cluster_state:ok" not in server.ask("CLUSTER", "INFO"):
-            time.sleep(0.01)
-        yield server
+    with reserved_port() as port:
+        options = ("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1", "--cluster-port", str(port))
+        with running_redis(*options) as server:
+            assert server.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383") == b"+OK\r\n"
+            while b"cluster_state:ok" not in server.ask("CLUSTER", "INFO"):
+                time.sleep(0.01)
+            yield server
 
 
 @asynccontextmanager
