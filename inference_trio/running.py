@@ -92,6 +92,8 @@ class RunningTasks:
             logger.exception("defect in a runner")
         finally:
             del self.runners[runner.task.id]
+            if not self.runners:
+                self.close_window()
             dismiss(runner)
 
     def give_results(self, params: ToolResult) -> Accepted:

@@ -515,7 +515,6 @@ async def run(redis: RedisServer, folder: Path, seconds: float, clients: int, se
                     starting.start_soon(town.start_worker)
             await town.listen()
             at_first = holdings(town, upstream)
-            at_first["tasks"] += 3 * WORKERS + 1  # a line each whose other end is gone already
             until = trio.current_time() + seconds
             async with trio.open_nursery() as visiting:
                 visiting.start_soon(do_harm, town, seed, until)

@@ -110,3 +110,17 @@ async def test_a_task_that_nobody_waits_for_gives_its_place_back(autojump_clock:
         other = it.connect(it.create())
         other.call("generate", {"message": "hi"})
         assert "result" in await other.hear()
+
+
+async def test_a_window_ends_with_the_tasks_it_was_opened_for(autojump_clock: Any) -> None:
+    go_on = trio.Event()
+    async with bench([fakes.wait(go_on), finish()], [text("Hel"), fakes.sleep(3), text("lo"), finish()]) as it:
+        session = it.create()
+        socket = it.connect(session)
+        socket.call("generate", {"message": "hi"})
+        await socket.hear()
+        session.tasks.open_window(1.0)
+        go_on.set()
+        await transcript(socket)
+        socket.call("generate", {"message": "hi"})
+        assert (await transcript(socket))[-1]["params"]["status_message"] == "completed"

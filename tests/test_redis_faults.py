@@ -276,6 +276,20 @@ async def test_when_redis_has_forgotten_one_era_begins_and_not_one_for_each_work
         assert {store.worker.era for store in it.stores if store._worker} == eras
 
 
+async def test_one_era_begins_also_where_a_new_worker_is_the_first_to_come(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_worker, "INTERVAL", 3600)  # they do not renew by themselves
+    async with mortals(redis, HELLO, count=2) as it:
+        earlier = it.stores[0].worker.era
+        redis.ask("FLUSHALL")
+        await it.start(it.stores[0].settings)
+        new = it.stores[-1].worker.era
+        assert new != earlier
+        assert [await store.worker._renew() for store in it.stores] == [None, None, []]
+        assert redis.ask("HGET", "{inference}", "era").split()[-1] == new.encode()
+
+
 async def test_a_session_that_nobody_has_here_any_more_is_made_again_and_works_as_before(redis: RedisServer) -> None:
     async with mortals(redis, HELLO, HELLO) as it:
         session_id = await it.create(0, tools=[fakes.tool(TOOL)])

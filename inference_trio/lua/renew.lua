@@ -8,8 +8,8 @@ local worker, lease, DAY = ARGV[1], tonumber(ARGV[2]), 86400000
 local renewals = redis.call('HINCRBY', root, 'renewals', 1)
 local era = redis.call('HGET', root, 'era')
 if not era or renewals <= tonumber(ARGV[5]) then
-    -- So far on that it is beyond what any other worker has seen: one era begins, not one for each of them.
-    era, renewals = ARGV[6], math.max(renewals, tonumber(ARGV[5])) + 1000000
+    -- Beyond what any other worker has seen, as there are fewer renewals than milliseconds: one era begins, not several.
+    era, renewals = ARGV[6], math.max(now, tonumber(ARGV[5]) + 1000)
     redis.call('HSET', root, 'era', era, 'renewals', renewals)
 end
 local before = tonumber(redis.call('HGET', root, 'renewed') or now)
