@@ -16,7 +16,7 @@ import trio_websocket
 from inference_trio import bridge
 from inference_trio.variables import Secret
 from tests import answers, quirks
-from tests.harness import KEY, Client, Server, open_server, settings
+from tests.harness import KEY, PATIENCE, Client, Server, open_server, settings
 from tests.upstream import Upstream, open_upstream
 
 TOOL = {"name": "get_weather", "description": "The weather.", "parameters": {"type": "object", "properties": {}}}
@@ -311,7 +311,7 @@ async def test_a_silent_provider_is_given_up_and_its_connection_closed(
         mock_clock.rate = 1
         error = (await client.until("error"))["error"]
         assert (error["code"], error["data"]["phase"]) == (-32002, phase)
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             await upstream.requests[0].closed.wait()
 
 
@@ -337,7 +337,7 @@ async def test_a_cancel_closes_the_upstream_before_it_is_answered(when: str) -> 
         (end,) = [frame for frame in frames if frame.get("method") == "end"]
         assert answer["result"] == {"cancelled": [task_id]}
         assert end["params"]["status_message"] == "cancelled"
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             await upstream.requests[0].closed.wait()
 
 

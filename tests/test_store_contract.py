@@ -26,6 +26,7 @@ from inference_trio.variables import Secret
 
 from . import fakes
 from .fakes import FakeModel, FakeWebSocket, finish, hang, text
+from .harness import PATIENCE
 from .processes import reserved_port
 from .redis_server import RedisServer, running_redis
 from .test_connection import CALLS, HELLO, TOOL, numbers, text_of, transcript
@@ -197,7 +198,7 @@ async def test_a_newer_connection_takes_over(workers: Any) -> None:
         session_id = await it.create()
         older = await it.connect(0, session_id)
         newer = await it.connect(1, session_id)
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             await older.gone.wait()
         assert older.close_code == 4409
         newer.call("generate", {"message": "hi"})
@@ -278,7 +279,7 @@ async def test_without_a_connection_tasks_are_cancelled_after_the_window(workers
         await first.gone.wait()
         assert it.model.streaming == 1, "the second connection has it"
         await second.drop()
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             while it.model.streaming:
                 await trio.lowlevel.checkpoint()
         frames = await transcript(await it.connect(2, session_id, after=1))
@@ -303,7 +304,7 @@ async def test_tasks_are_counted_over_all_workers_and_given_back(workers: Any) -
         assert "too many tasks on the server: 2" in (await sockets[2].hear())["error"]["message"]
         sockets[0].call("cancel")
         await transcript(sockets[0])
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             while True:
                 sockets[2].call("generate", {"message": "hi"})
                 if "result" in await sockets[2].hear():
@@ -356,7 +357,7 @@ async def test_a_worker_that_stops_lets_its_tasks_end_and_closes(workers: Any) -
         assert (await socket.hear())["error"]["code"] == -32005
         go_on.set()
         assert (await transcript(socket))[-1]["params"]["final_text"] == "Hello"
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             await socket.gone.wait()
         assert socket.close_code == 1012
 
