@@ -6,12 +6,13 @@ Node and npm are not everywhere; what needs them is skipped there, with a line t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,20 @@ def node_modules() -> Path | None:
     if npm is None:
         return None
     command = [npm, "install", "--prefix", str(PROJECT), "--no-audit", "--no-fund", "--no-package-lock", "--silent"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    with one_at_a_time(PROJECT):
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     return PROJECT / "node_modules" if ended.returncode == 0 else None
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits for whoever else is in here with this folder, in another process of the tests."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 PRELUDE = """

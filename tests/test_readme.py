@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -17,8 +16,6 @@ from inference_trio.variables import Secret
 from tests import answers
 from tests.harness import KEY, PATIENCE, open_server, settings
 from tests.javascript import NODE, WEB, without
-from tests.test_local_model import needs_model
-from tests.test_main import SERVE, running
 from tests.upstream import open_upstream
 
 ROOT = Path(__file__).parent.parent
@@ -69,20 +66,6 @@ def example(language: str, host: str) -> str:
     assert found is not None
     assert len([line for line in found[1].splitlines() if line]) <= 16
     return found[1].replace("127.0.0.1:8000", host)
-
-
-@needs_model
-def test_the_client_of_the_readme_prints_a_generation(tmp_path: Path) -> None:
-    with running(SERVE, tmp_path, LLM_PROVIDER="local") as (_, url):
-        host = url.removeprefix("http://")
-        # The model may go on and on, as far as its context reaches.
-        text = example("python", host).replace('Paris?")', 'Paris?", max_new_tokens=50)')
-        command = [sys.executable, "-W", "error", "-c", text]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert ended.returncode == 0, ended.stderr
-        text, usage = ended.stdout.rsplit("\n", 2)[:2]
-        assert len(text) > 10
-        assert "output_tokens" in usage
 
 
 async def test_the_function_of_the_readme_is_called_in_python() -> None:
