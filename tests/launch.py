@@ -50,6 +50,7 @@ options, *arguments = sys.argv[1:]
 limits = json.loads(options)
 # All of this also in a worker, for which Hypercorn's command starts this module anew.
 process.GRACE = limits.pop("grace", process.GRACE)
+process.FLUSHING_TIME = 10.0  # the last line of the log is to be there also where the machine is busy
 if files := limits.pop("files", None):
     resource.setrlimit(resource.RLIMIT_NOFILE, (files // 2, files))
 if limits.pop("stuck", False):

@@ -251,7 +251,8 @@ async def test_a_message_that_is_compressed_closes_with_1002(target: Target, rec
         assert await client.close_code() == 1002
 
 
-PING = masked(0x89, 0)
+PING = masked(0x89, 125) + bytes(125)
+"""As large as may be: of answers of two bytes a kernel packs hundreds of thousands together for who does not read."""
 CANCEL = b'{"jsonrpc":"2.0","id":1,"method":"cancel"}'
 DISCOVER = b'{"jsonrpc":"2.0","id":1,"method":"rpc.discover"}'
 VALID = {
