@@ -279,7 +279,7 @@ async def test_when_redis_has_forgotten_one_era_begins_and_not_one_for_each_work
 async def test_one_era_begins_also_where_a_new_worker_is_the_first_to_come(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_worker, "INTERVAL", 3600)  # they do not renew by themselves
+    monkeypatch.setattr(redis_worker.Worker, "_keep_lease", lambda _: trio.sleep_forever())
     async with mortals(redis, HELLO, count=2) as it:
         earlier = it.stores[0].worker.era
         redis.ask("FLUSHALL")
