@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -25,8 +25,14 @@ from coredis.retry import NoRetryPolicy
 from .errors import OverloadedError
 from .redis_scripts import script
 
-REPLY_TIMEOUT = 3.0
-"""Seconds until Redis counts as away."""
+LOOK_INTERVAL = 0.5
+"""Seconds between two looks whether Redis owes a reply."""
+
+LONGEST_DEBT = 6
+"""Looks for which it may owe one. More, and it counts as away."""
+
+CONNECT_TIMEOUT = 3.0
+"""Seconds until a connection is there."""
 
 PATIENCE = 10.0
 """Seconds that a client's call waits for Redis."""
@@ -60,8 +66,8 @@ class AwayError(Exception):
 
 @attrs.define(eq=False)
 class Link:
-    """``connect`` opens a client. There is a new one after each failure: coredis's pool of connections loses the place
-    of one that breaks while a call that blocks has it, and stands still when it has lost all of them.
+    """``connect`` opens a client. There is a new one after each failure, and whoever waits for the old one stops:
+    coredis lets a call wait for ever for a place in a pool that was closed, or lost its places with their connections.
     """
 
     _connect: Callable[[], AbstractAsyncContextManager[Any]]
@@ -69,6 +75,9 @@ class Link:
     _there: trio.Event = attrs.field(factory=trio.Event)
     _opened: trio.Event = attrs.field(factory=trio.Event)
     _failed: trio.Event = attrs.field(factory=trio.Event)
+    _looks: int = 0
+    _asked: dict[trio.CancelScope, int] = attrs.field(factory=dict)
+    """The calls under way, oldest first: how many looks there had been when each was made."""
 
     @property
     def is_away(self) -> bool:
@@ -88,8 +97,19 @@ class Link:
 
     async def open(self) -> None:
         """Waits for the first client, but not too long."""
-        with trio.move_on_after(REPLY_TIMEOUT):
+        with trio.move_on_after(CONNECT_TIMEOUT):
             await self._opened.wait()
+
+    async def watch(self) -> None:
+        """Gives up on a Redis that owes a reply for too long.
+
+        Looks are counted and not seconds: a process that is late itself is late in reading what has come, too.
+        """
+        while True:
+            await trio.sleep(LOOK_INTERVAL)
+            self._looks += 1
+            if self._looks - next(iter(self._asked.values()), self._looks) > LONGEST_DEBT:
+                self._give_up(self._client, "it does not answer")
 
     async def run(self, name: str, key: str, *arguments: Value, within: float = PATIENCE) -> Any:
         """The script's reply. Raises OverloadedError where there was none in time (seconds)."""
@@ -98,8 +118,8 @@ class Link:
                 await self._there.wait()
                 try:
                     return await self._run(name, key, arguments)
-                except AwayError as error:
-                    self._fail(error)
+                except AwayError:
+                    pass
                 except ResponseError as error:  # out of memory, or a defect of the script
                     logger.error("Redis refuses %s: %s", name, error)  # noqa: TRY400 (its message says it all)
                     await trio.sleep(PAUSE)
@@ -112,8 +132,8 @@ class Link:
         """
         try:
             return await self._run(name, key, arguments)
-        except (AwayError, ResponseError) as error:
-            self._fail(error)
+        except ResponseError as error:
+            self._give_up(self._client, str(error))
             raise AwayError(str(error)) from error
 
     async def messages(self, inbox: str, after: str, wait: float) -> list[tuple[str, bytes]]:
@@ -121,8 +141,7 @@ class Link:
 
         Raises AwayError.
         """
-        call = partial(self._open_client().xread, {inbox: after}, count=1000, block=int(wait * 1000))
-        streams = await _answered(call)
+        streams = await self._answer("xread", {inbox: after}, count=1000, block=int(wait * 1000))
         entries = next(iter(streams.values())) if streams else ()
         return [(entry.identifier.decode(), entry.field_values[b"m"]) for entry in entries]
 
@@ -131,43 +150,49 @@ class Link:
             logger.info("Redis is there")
             self._there.set()
 
-    def _fail(self, error: Exception) -> None:
-        """What was asked may be answered late or never: no connection is used again."""
+    def _give_up(self, client: Any, why: str) -> None:
+        """What was asked may be answered late or never: no connection of this client is used again."""
+        if client is None or client is not self._client:
+            return
         if not self.is_away:
-            logger.warning("Redis is away: %s", error)
+            logger.warning("Redis is away: %s", why)
             self._there = trio.Event()
         self._client = None
         self._failed.set()
-
-    def _open_client(self) -> Any:
-        if self._client is None:
-            raise AwayError("there is no connection")
-        return self._client
+        for asked in self._asked:
+            asked.cancel()
 
     async def _run(self, name: str, key: str, arguments: tuple[Value, ...]) -> Any:
-        asked, client = script(name), self._open_client()
+        asked = script(name)
         try:
-            return await _answered(partial(client.evalsha, asked.sha, keys=[key], args=arguments))
+            return await self._answer("evalsha", asked.sha, keys=[key], args=arguments)
         except NoScriptError:
-            return await _answered(partial(client.eval, asked.text, keys=[key], args=arguments))
+            return await self._answer("eval", asked.text, keys=[key], args=arguments)
 
-
-async def _answered(call: Callable[[], Awaitable[Any]]) -> Any:
-    """What Redis answers. Raises ResponseError where it refuses, else AwayError."""
-    try:
-        return await call()
-    except ResponseError:
-        raise
-    except FAILURES as error:
-        raise AwayError(str(error) or type(error).__name__) from error
+    async def _answer(self, command: str, *arguments: Any, **options: Any) -> Any:
+        """What Redis answers. Raises ResponseError where it refuses, AwayError where it does not answer."""
+        client = self._client
+        if client is None:
+            raise AwayError("there is no connection")
+        with trio.CancelScope() as asked:
+            self._asked[asked] = self._looks
+            try:
+                return await getattr(client, command)(*arguments, **options)
+            except ResponseError:
+                raise
+            except FAILURES as error:
+                self._give_up(client, str(error) or type(error).__name__)
+            finally:
+                del self._asked[asked]
+        raise AwayError("there was no answer")
 
 
 @asynccontextmanager
 async def open_link(url: str) -> AsyncIterator[Link]:
     """``?cluster=true`` in the URL for a Redis Cluster."""
     options: dict[str, Any] = {
-        "stream_timeout": REPLY_TIMEOUT,
-        "connect_timeout": REPLY_TIMEOUT,
+        "stream_timeout": PATIENCE,  # for what coredis asks for itself
+        "connect_timeout": CONNECT_TIMEOUT,
         "retry_policy": NoRetryPolicy(),
     }
     parts = urlsplit(url)
@@ -179,6 +204,7 @@ async def open_link(url: str) -> AsyncIterator[Link]:
     link = Link(partial(kind.from_url, url, **options))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.serve)
+        nursery.start_soon(link.watch)
         await link.open()
         yield link
         nursery.cancel_scope.cancel()

@@ -1,0 +1,116 @@
+"""The connection to Redis with a client that a test plays: what it never answers, answers late, or breaks off."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from inference_trio import redis_link
+from inference_trio.redis_link import LONGEST_DEBT, LOOK_INTERVAL, AwayError, Link
+
+LONG_ENOUGH = (LONGEST_DEBT + 1) * LOOK_INTERVAL
+
+
+@attrs.define(eq=False)
+class Client:
+    """Answers with its number, when the test says so; or raises."""
+
+    number: int
+    error: Exception | None = None
+    asked: int = 0
+    answers: trio.Event = attrs.field(factory=trio.Event)
+
+    async def evalsha(self, *_: Any, **__: Any) -> int:
+        self.asked += 1
+        if self.error:
+            raise self.error
+        await self.answers.wait()
+        return self.number
+
+
+@asynccontextmanager
+async def linked(*clients: Client) -> AsyncIterator[Link]:
+    """A link that opens one of these after the other."""
+    rest = iter(clients)
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[Client]:
+        yield next(rest)
+
+    async with trio.open_nursery() as nursery:
+        link = Link(connect)
+        nursery.start_soon(link.serve)
+        nursery.start_soon(link.watch)
+        await link.open()
+        link.is_back()
+        yield link
+        nursery.cancel_scope.cancel()
+
+
+async def ask(link: Link, replies: list[Any]) -> None:
+    replies.append(await link.run("era", "key"))
+
+
+async def test_whoever_waits_for_a_client_that_is_given_up_asks_the_next_one(autojump_clock: Any) -> None:
+    one, two = Client(1), Client(2)
+    two.answers.set()
+    replies: list[int] = []
+    async with linked(one, two) as link, trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(ask, link, replies)
+        await trio.sleep(LONG_ENOUGH - LOOK_INTERVAL / 2)
+        assert (one.asked, link.is_away) == (3, False)
+        await trio.sleep(LOOK_INTERVAL)
+        assert link.is_away
+        link.is_back()
+    assert replies == [2, 2, 2]
+
+
+async def test_a_process_that_was_late_itself_does_not_give_up(mock_clock: trio.testing.MockClock) -> None:
+    client = Client(1)
+    replies: list[int] = []
+    async with linked(client) as link, trio.open_nursery() as nursery:
+        nursery.start_soon(ask, link, replies)
+        for _ in range(LONGEST_DEBT):
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(3 * LOOK_INTERVAL)  # as long as something else had the loop
+        await trio.testing.wait_all_tasks_blocked()
+        assert not link.is_away
+        client.answers.set()
+    assert replies == [1]
+
+
+async def test_only_the_oldest_debt_counts_and_not_that_something_is_always_under_way(autojump_clock: Any) -> None:
+    client = Client(1)
+    async with linked(client) as link:
+        for _ in range(3 * LONGEST_DEBT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, link, [])
+                await trio.sleep(LOOK_INTERVAL)
+                client.answers.set()
+            client.answers = trio.Event()
+        assert not link.is_away
+
+
+@pytest.mark.parametrize("error", redis_link.FAILURES)
+async def test_whatever_coredis_raises_redis_counts_as_away(error: type[Exception]) -> None:
+    async with linked(Client(1, error()), Client(2)) as link:
+        with pytest.raises(AwayError):
+            await link.probe("era", "key")
+        assert link.is_away
+
+
+async def test_a_late_failure_of_an_earlier_client_does_no_harm() -> None:
+    one, two = Client(1), Client(2)
+    async with linked(one, two) as link:
+        link._give_up(one, "it broke")
+        await trio.testing.wait_all_tasks_blocked()
+        link.is_back()
+        link._give_up(one, "it broke")
+        assert not link.is_away
