@@ -57,17 +57,13 @@ class Appended:
 
 @attrs.define(eq=False)
 class Producer:
-    """``progress`` gives the connection here and what it has taken; ``appended`` is called with what came of a call.
-
-    ``None`` stands for a session that is no more.
-    """
+    """``appended`` is called with what came of a call; ``None`` stands for a session that is no more."""
 
     worker: Worker
     session_id: str
     limit: int
     budget: Budget
     room: Room
-    progress: Callable[[], tuple[str, int]]
     appended: Callable[[Appended | None], None]
     _pending: Outbox = attrs.field(default=attrs.Factory(lambda self: Outbox(self.limit, self.budget), takes_self=True))
     _under_way: int = 0
@@ -155,29 +151,14 @@ class Producer:
 
     async def _append_pending(self, entries: list[Entry]) -> Appended | None:
         statuses = list(self._statuses())
-        connection, taken = self.progress()
-        reply = await self.worker.link.run(
-            "append",
-            self.worker.session_key(self.session_id),
-            *(
-                self.worker.ttl,
-                self.worker.id,
-                self.worker.new_number(),
-                self.room.half,
-                connection,
-                taken,
-                len(statuses) // 2,
-            ),
-            *statuses,
-            *(value for entry in entries for value in (entry.note.task_id, entry.size, encoded(entry.note))),
-            within=FOREVER,
-        )
+        worker, key = self.worker, self.worker.session_key(self.session_id)
+        terms = (worker.ttl, worker.id, worker.new_number(), self.room.half, len(statuses) // 2)
+        notes = (value for entry in entries for value in (entry.note.task_id, entry.size, encoded(entry.note)))
+        reply = await worker.link.run("append", key, *terms, *statuses, *notes, within=FOREVER)
         if reply[0] == b"gone":
             return None
-        _, version, unsent, told, first, others, waiting = reply
+        _, version, unsent, told, first, others = reply
         self.room.update(version, unsent)
-        for worker in waiting:
-            self.worker.post(worker.decode(), ["room", self.session_id, version, unsent])
         foreign = others.decode().split(",") if others else []
         for task_id in foreign:
             self._open.pop(task_id, None)

@@ -20,7 +20,7 @@ from .protocol import Accepted, Draining, Generate, Resumed, Started, TaskStatus
 from .redis_calls import Calls, Ending, taken_over
 from .redis_delivery import LARGEST_READY, Delivery, Ready, ready
 from .redis_limits import Limits, name_of
-from .redis_link import FOREVER
+from .redis_link import FOREVER, PATIENCE
 from .redis_producer import Appended, Producer, Room
 from .redis_worker import Message, Worker
 from .report import Observer
@@ -54,36 +54,6 @@ class Attached:
     feeding: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
 
-def _tasks(session: RedisSession) -> RunningTasks:
-    store = session.store
-    return RunningTasks(
-        session.id,
-        session.owner.name,
-        store.settings,
-        store.model,
-        session.worker.nursery,
-        session.producer,
-        store.observers,
-    )
-
-
-def _producer(session: RedisSession) -> Producer:
-    limit = session.store.settings.outbox_bytes
-    return Producer(
-        worker=session.worker,
-        session_id=session.id,
-        limit=limit,
-        budget=session.store.limits.budget,
-        room=Room(limit // 2),
-        progress=session.progress,
-        appended=session.appended,
-    )
-
-
-def _calls(session: RedisSession) -> Calls:
-    return Calls(session.worker, session.id, session.tasks, session.producer)
-
-
 @attrs.define(eq=False)
 class RedisSession:
     id: str
@@ -92,12 +62,19 @@ class RedisSession:
     resume_window: float
     worker: Worker
     store: Store
-    producer: Producer = attrs.field(default=attrs.Factory(_producer, takes_self=True))
-    tasks: RunningTasks = attrs.field(default=attrs.Factory(_tasks, takes_self=True))
-    calls: Calls = attrs.field(default=attrs.Factory(_calls, takes_self=True))
+    producer: Producer = attrs.field(init=False)
+    tasks: RunningTasks = attrs.field(init=False)
+    calls: Calls = attrs.field(init=False)
     _here: Attached | None = None
     _epoch: int = 0
-    _acknowledging: tuple[Delivery, int] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        store, worker = self.store, self.worker
+        settings, limit = store.settings, store.settings.outbox_bytes
+        self.producer = Producer(worker, self.id, limit, store.limits.budget, Room(limit // 2), self.appended)
+        terms = (self.id, self.owner.name, settings, store.model, worker.nursery, self.producer, store.observers)
+        self.tasks = RunningTasks(*terms)
+        self.calls = Calls(worker, self.id, self.tasks, self.producer)
 
     @property
     def key(self) -> str:
@@ -115,10 +92,9 @@ class RedisSession:
     def is_idle(self) -> bool:
         return self._here is None and not self.tasks.runners
 
-    async def _run(self, name: str, *arguments: Any, within: float | None = None) -> Any:
+    async def _run(self, name: str, *arguments: Any, within: float = PATIENCE) -> Any:
         """Runs a script of the session that renews its time to live."""
-        limit = {} if within is None else {"within": within}
-        return await self.worker.link.run(name, self.key, self.worker.ttl, *arguments, **limit)
+        return await self.worker.link.run(name, self.key, self.worker.ttl, *arguments, within=within)
 
     # Tickets
 
@@ -228,22 +204,10 @@ class RedisSession:
         """Returns when what the tasks here have told is in the log."""
         await self.producer.settle()
 
-    def progress(self) -> tuple[str, int]:
-        """The connection here, and what it has taken."""
-        if self._here is None:
-            self._acknowledging = None
-            return "", 0
-        delivery = self._here.delivery
-        self._acknowledging = (delivery, delivery.unacknowledged)
-        return self._here.name, delivery.taken
-
     def appended(self, appended: Appended | None) -> None:
         if appended is None:
             self.end()
             return
-        if self._acknowledging:
-            delivery, known = self._acknowledging
-            delivery.acknowledge(known)
         if self._here:
             self._here.delivery.accept(appended.entries)
         if appended.connection:

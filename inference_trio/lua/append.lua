@@ -1,14 +1,13 @@
--- ttl, worker, batch, half of the limit, connection and what it has taken (or nothing), number of statuses,
+-- ttl, worker, batch, half of the limit, number of statuses,
 -- {task, status or nothing when it has ended}..., {task, size, note}...
--- -> 'ok', version, unsent, connection to tell, first number, tasks of others, workers that wait for room
-local ttl, worker, batch, half, conn = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-local was_full, before = unsent() >= half, s.latest
-if conn ~= '' and conn == s.conn and tonumber(ARGV[6]) > s.cursor then move_cursor(tonumber(ARGV[6])) end
+-- -> 'ok', version, unsent, connection to tell, first number, tasks of others
+local ttl, worker, batch, half = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local before = s.latest
 local memory = 'batch:' .. worker
 local done, first, others = string.match(redis.call('HGET', key, memory) or '0 0 ', '^(%d+) (%d+) (.*)$')
 local is_again = batch <= tonumber(done)
 if not is_again then
-    local notes = 8 + 2 * tonumber(ARGV[7])
+    local notes = 6 + 2 * tonumber(ARGV[5])
     local foreign, is_mine = {}, {}
     local function check(task)
         if is_mine[task] == nil then
@@ -21,7 +20,7 @@ if not is_again then
     for i = notes, #ARGV, 3 do
         if check(ARGV[i]) then add(ARGV[i + 2], tonumber(ARGV[i + 1])) end
     end
-    for i = 8, notes - 1, 2 do
+    for i = 6, notes - 1, 2 do
         local task, status = ARGV[i], ARGV[i + 1]
         if check(task) then
             if status == '' then remove(task) else set_status(task, status) end
@@ -37,6 +36,5 @@ while s.read - s.freed > half do
     redis.call('XDEL', log, entry[1])
 end
 local told = tell(worker, before, is_again)
-local waiting = (was_full or is_again) and unsent() < half and workers() or {}
 save(ttl)
-return {'ok', s.version, unsent(), told, tonumber(first), others, waiting}
+return {'ok', s.version, unsent(), told, tonumber(first), others}
