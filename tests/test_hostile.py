@@ -12,7 +12,7 @@ import json
 import socket
 import struct
 import zlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -545,3 +545,55 @@ async def test_an_id_may_be_used_again_and_is_answered_each_time(target: Target,
             assert await client.hear() == {"jsonrpc": "2.0", "id": request_id, "result": {"cancelled": []}}
         await client.say([{"jsonrpc": "2.0", "id": 1, "method": "cancel"}] * 100)
         assert [answer["id"] for answer in await client.hear()] == [1] * 100
+
+
+# With an upstream that fails as well
+
+FAULTS = {
+    "says no more": answers.hang(),
+    "resets": answers.reset(),
+    "breaks off": answers.drop(),
+    "says what is not JSON": answers.raw(b"data: {\n\n"),
+    "sends no chunks": answers.unframed(bytes(1000)),
+}
+
+
+async def half_close(client: RawClient) -> None:
+    await client.stream.send_eof()
+    await pour_out(client.stream)
+
+
+async def reset(client: RawClient) -> None:
+    client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def leave_half_a_message(client: RawClient) -> None:
+    await client.stream.send_all(masked(0x02, ALMOST_4_MB) + bytes(100_000))
+    await pour_out(client.stream)
+
+
+async def send_a_bad_frame(client: RawClient) -> None:
+    await client.stream.send_all(BAD_FRAMES["no mask"][0])
+    await pour_out(client.stream)
+
+
+async def ask_for_more_and_read_nothing(client: RawClient) -> None:
+    call = {"jsonrpc": "2.0", "id": 1, "method": "generate", "params": {"message": "more"}}
+    await pour(client.stream, itertools.repeat(client.connection.send(TextMessage(data=json.dumps(call) * 100)), 100))
+    await pour(client.stream, itertools.repeat(PING * 100))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_an_upstream_that_fails_while_its_clients_misbehave_leaves_nothing(
+    fault: str, target: Target, record: Any
+) -> None:
+    async def misbehave(how: Callable[[RawClient], Awaitable[None]]) -> None:
+        async with attacker.socket() as client:
+            await generate(client)
+            await how(client)
+
+    script = (answers.head(headers=AT_ONCE), answers.text(*["x" * 10_000] * 100), FAULTS[fault])
+    async with attack(target, record, script, megabytes=64) as attacker, trio.open_nursery() as clients:
+        for how in (half_close, reset, leave_half_a_message, send_a_bad_frame, ask_for_more_and_read_nothing):
+            for _ in range(4):
+                clients.start_soon(misbehave, how)
