@@ -19,7 +19,7 @@ from inference_trio.runner import Model
 from inference_trio.server import create_app
 from inference_trio.settings import Settings
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which a test that waits has failed."""
 
 KEY = "sk-of-the-tests"

@@ -169,6 +169,11 @@ QUIRKS: dict[str, Quirk] = {
         (_more(PARIS_JSON),),
         calls=BOTH_WITHOUT_ID,
     ),
+    "all index 0, no id, names differ, the first without arguments": _quirk(
+        (_whole("", id=ABSENT),),
+        (_second(index=0, id=ABSENT),),
+        calls=[ExpectedCall("weather"), ExpectedCall("time", PARIS)],
+    ),
     "all index 0, no id, the same tool twice, each whole": _quirk(
         (_whole(id=ABSENT),), (_whole(PARIS_JSON, id=ABSENT),), calls=SAME_TOOL_WITHOUT_ID
     ),

@@ -24,11 +24,10 @@ from inference_trio.variables import Secret
 
 from . import fakes
 from .fakes import FakeModel, FakeWebSocket, finish, hang, text
+from .harness import PATIENCE
 from .redis_server import RedisServer, running_redis
 from .test_connection import CALLS, HELLO, TOOL, numbers, text_of, transcript
 from .test_store_contract import Workers
-
-PATIENCE = 30
 
 
 @pytest.fixture(scope="module")

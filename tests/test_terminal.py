@@ -59,7 +59,7 @@ class Bench:
 
 @asynccontextmanager
 async def serving(*script: Any, **changes: Any) -> AsyncIterator[Bench]:
-    with trio.fail_after(3 * PATIENCE):
+    with trio.fail_after(PATIENCE):
         async with open_upstream(*script) as upstream, open_server(settings(upstream.base_url, **changes)) as server:
             yield Bench(upstream, server)
 
@@ -326,7 +326,7 @@ def test_where_there_is_no_room_for_the_answer_one_line_says_so(folder: Path) ->
 @needs_model
 async def test_without_a_url_it_starts_a_server_on_the_embedded_model(folder: Path) -> None:
     (folder / ".env").write_text("INFERENCE_AUTH_TOKENS=somebody:something-of-length\n")
-    with trio.fail_after(3 * PATIENCE):
+    with trio.fail_after(PATIENCE):
         ended = await chat("Write one sentence.", "--max-new-tokens", "20", folder=folder, INFERENCE_MAX_TASKS="many")
     assert ended.returncode == 0, ended.stderr
     assert len(ended.stdout) > 10
