@@ -13,10 +13,14 @@ import attrs
 import msgspec
 import trio
 
+from .outbox import Budget
 from .protocol import Kept, TaskNotification
 
 LARGEST_READY = 64 * 1024
-"""Bytes of notifications that are held here for a connection; what comes after that stays in the log."""
+"""Bytes of notifications that are held here for a connection; what comes after that stays in the log.
+
+Of more than that there is only ever one, and nothing else while all that is held here exceeds its budget.
+"""
 
 
 @attrs.frozen
@@ -38,6 +42,7 @@ class Delivery:
     position: int
     ack_at: int
     wake: Callable[[], None]
+    budget: Budget
     taken: int = attrs.field(init=False)
     unacknowledged: int = 0
     is_behind: bool = True
@@ -53,11 +58,12 @@ class Delivery:
         for entry in entries:
             if entry.seq <= self.position:
                 continue
-            if entry.seq > self.position + 1 or self._size >= LARGEST_READY:
+            if entry.seq > self.position + 1 or self._size >= self.most:
                 self.look()
                 break
             self._ready.append(entry)
             self._size += entry.size
+            self.budget.add(entry.size)
             self.position = entry.seq
         if self._ready:
             self.wake()
@@ -67,11 +73,23 @@ class Delivery:
             return None
         entry = self._ready.popleft()
         self._size -= entry.size
+        self.budget.release(entry.size)
         self.taken = entry.seq
         self.unacknowledged += entry.size
         if self._is_feeding_due:
             self._wanted.set()
         return entry
+
+    def close(self) -> None:
+        """Nothing is taken any more."""
+        self.budget.release(self._size)
+        self._size = 0
+        self._ready.clear()
+
+    @property
+    def most(self) -> int:
+        """Bytes that may be here before more is taken from the log."""
+        return 1 if self.budget.is_exceeded else LARGEST_READY
 
     def acknowledge(self, size: int) -> None:
         """The log knows that so much more was taken."""
@@ -84,7 +102,7 @@ class Delivery:
 
     @property
     def _is_feeding_due(self) -> bool:
-        return self._size < LARGEST_READY and (self.is_behind or self.unacknowledged >= self.ack_at)
+        return self._size < self.most and (self.is_behind or self.unacknowledged >= self.ack_at)
 
     async def feed(self, read: Callable[[], Awaitable[list[Ready] | None]]) -> None:
         """Reads from the log what is wanted, until there is no more to be had (``None``) or it is cancelled."""

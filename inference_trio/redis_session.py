@@ -18,7 +18,7 @@ from .errors import InvalidParamsError, NoSuchSessionError, OverloadedError
 from .jsonrpc import Call
 from .protocol import Accepted, Draining, Generate, Resumed, Started, TaskStatus, ToolResult
 from .redis_calls import Calls, Ending, taken_over
-from .redis_delivery import LARGEST_READY, Delivery, Ready, ready
+from .redis_delivery import Delivery, Ready, ready
 from .redis_limits import Limits, name_of
 from .redis_link import FOREVER, PATIENCE
 from .redis_producer import Appended, Producer, Room
@@ -127,7 +127,7 @@ class RedisSession:
         self.producer.room.update(version, unsent)
         for worker in workers:
             self.worker.post(worker.decode(), ["attached", self.id, epoch, version, unsent])
-        delivery = Delivery(max(since, base), self.producer.room.half // 4, connection.wake)
+        delivery = Delivery(max(since, base), self.producer.room.half // 4, connection.wake, self.store.limits.budget)
         self._here = Attached(name, epoch, connection, delivery)
         self.worker.nursery.start_soon(self._feed, self._here)
         if after is not None:
@@ -164,6 +164,7 @@ class RedisSession:
     def _leave(self, here: Attached) -> None:
         self._here = None
         here.feeding.cancel()
+        here.delivery.close()
         self._release(here.name, here.delivery.taken)
 
     def _release(self, name: str, taken: int | str = "") -> None:
@@ -186,7 +187,7 @@ class RedisSession:
     async def _read(self, here: Attached) -> list[Ready] | None:
         delivery, room = here.delivery, self.producer.room
         known = delivery.unacknowledged
-        terms = (here.name, delivery.taken, delivery.position, room.half, LARGEST_READY, self.worker.new_number())
+        terms = (here.name, delivery.taken, delivery.position, room.half, delivery.most, self.worker.new_number())
         status, *reply = await self._run("take", *terms, within=FOREVER)
         if status != b"ok":
             here.connection.close(TAKEN_OVER if status == b"other" else SERVICE_RESTART)

@@ -242,6 +242,24 @@ async def test_when_redis_is_away_for_too_long_connections_are_closed_and_tasks_
         assert (await transcript(socket))[-1]["params"]["final_text"] == "Hello"
 
 
+async def test_when_redis_has_no_memory_left_tasks_wait_and_lose_nothing(redis: RedisServer) -> None:
+    go_on = trio.Event()
+    async with mortals(redis, [text("Hel"), fakes.wait(go_on), text("lo"), finish()]) as it:
+        socket, heard = await it.started(0)
+        redis.ask("CONFIG", "SET", "maxmemory", "1")
+        try:
+            go_on.set()
+            while not all(store.link.is_away for store in it.stores):
+                await pause()
+            with pytest.raises(OverloadedError, match="does not answer"):
+                it.stores[1].check_ready()
+        finally:
+            redis.ask("CONFIG", "SET", "maxmemory", "0")
+        frames = heard[1:] + await transcript(socket)
+        assert text_of(frames) == "Hello"
+        assert await whole(it, 1, socket.session_id) == frames
+
+
 async def test_a_connection_that_waited_for_redis_while_its_worker_lost_its_lease_is_refused(
     redis: RedisServer,
 ) -> None:
