@@ -1,8 +1,12 @@
 """One WebSocket: a nursery with a reader and a writer, and the only place where exceptions become JSON-RPC errors.
 
-The reader decodes a frame, calls the session and is ready for the next one: no method waits for a generation. The
-writer is the only one that sends: first the answers to requests, then what the session's outbox has. An answer that
-cannot be given at once (`cancel` is answered when the tasks have ended) joins the queue when it is ready.
+The reader decodes a frame, calls the session and is ready for the next one: no method waits for a generation. What is
+sent are first the answers to requests, then what the session's outbox has. An answer that cannot be given at once
+(`cancel` is answered when the tasks have ended) joins the queue when it is ready.
+
+While the writer sleeps nothing waits to be sent. Whoever then has something for the client sends it at once, in its own
+turn, if the socket takes it: a token waits for no other task. As soon as the socket takes no more, the writer is woken,
+and is the only one that sends until nothing is left; text that waits for it is merged.
 
 Answers that a client does not read are bounded by no longer reading its requests; of a request nothing is kept while
 the next one is waited for. Two facts about Hypercorn shape the writer: sending may return without a checkpoint, so
@@ -46,6 +50,13 @@ class WebSocket(Protocol):
     async def accept(self, headers: None = None, subprotocol: str | None = None) -> None: ...
 
     async def receive(self) -> str | bytes: ...
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is on its way through `send`, or left of what `send_at_once` was given."""
+
+    def send_at_once(self, text: str) -> None:
+        """The same as `send`, while it `is_free`, but without waiting."""
 
     async def send(self, data: str) -> None: ...
 
@@ -114,6 +125,9 @@ class Connection:
     _cancelling: int = 0
     """Frames whose answer has to wait for tasks to end."""
     _awake: trio.Event = attrs.field(factory=trio.Event)
+    _is_asleep: bool = False
+    """Whether the writer has nothing to do, and waits for ``_awake``."""
+    _defect: Exception | None = None
     _caught_up: trio.Event = attrs.field(factory=trio.Event)
     _close_code: int | None = None
     closed: trio.Event = attrs.field(factory=trio.Event)
@@ -134,7 +148,12 @@ class Connection:
             self.closed.set()
 
     def wake(self) -> None:
-        self._awake.set()
+        if self._is_asleep:
+            try:
+                self._send_at_once()
+            except Exception as error:  # it is this connection's, not that of whoever has something to tell
+                self._defect = error
+                self._awake.set()
 
     def tell(self, note: Notification) -> None:
         self._enqueue(notification(self.session.id, note))
@@ -148,6 +167,7 @@ class Connection:
     async def _read(self, nursery: trio.Nursery) -> None:
         while self._close_code is None:
             await self._handle(await self.websocket.receive(), nursery)
+            await trio.lowlevel.checkpoint()  # many may have come together, and are answered at once
             while self._backlog > LARGEST_BACKLOG or len(self._answers) + self._cancelling > MOST_ANSWERS:
                 self._caught_up = trio.Event()
                 await self._caught_up.wait()
@@ -212,15 +232,26 @@ class Connection:
         self._answers.append(text)
         self.wake()
 
-    async def _write(self) -> None:
-        while self._close_code is None:
-            await self._awake.wait()
-            self._awake = trio.Event()
+    def _send_at_once(self) -> None:
+        while self.websocket.is_free and self._close_code is None:
             text = self._next()
-            while text:
+            if text is None:
+                return
+            self.websocket.send_at_once(text)
+        self._awake.set()
+
+    async def _write(self) -> None:
+        while True:
+            while text := self._next():
                 await self.websocket.send(text)
-                if text := self._next():
-                    await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+            if self._close_code is not None:
+                break
+            self._awake, self._is_asleep = trio.Event(), True
+            await self._awake.wait()
+            self._is_asleep = False
+            if self._defect:
+                raise self._defect
         await self.websocket.close(self._close_code)
 
     def _next(self) -> str | None:

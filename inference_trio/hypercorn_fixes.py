@@ -43,9 +43,10 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.typing import LifespanState
 
 from .arriving import Arriving
-from .hypercorn_streams import BoundedHTTPStream, BoundedWSStream, OnlyHTTP1, overloaded
+from .hypercorn_streams import OUTLET, BoundedHTTPStream, BoundedWSStream, OnlyHTTP1, overloaded
 
 LINGER = 5.0
 """Seconds for which a connection that we close is still read, and an application is told that it ended."""
@@ -174,6 +175,8 @@ class BoundedTCPServer(TCPServer):
         self._limits = limits
         self._hooks = hooks
         self._places = places
+        self.state = LifespanState({**self.state, OUTLET: self})
+        self._owed = b""
         self._closing = False
         self._connection = trio.CancelScope()
         self._reading = trio.CancelScope()
@@ -207,7 +210,8 @@ class BoundedTCPServer(TCPServer):
         timed, and stayed for as long as its peer liked.
         """
         if isinstance(event, RawData):
-            await self._write(event.data)
+            self._write_at_once(event.data)
+            await self._write_owed()
         elif isinstance(event, Closed):
             with trio.CancelScope(shield=True):
                 await self._linger()
@@ -216,26 +220,37 @@ class BoundedTCPServer(TCPServer):
             with trio.CancelScope(shield=True):
                 await super().protocol_send(event)
 
-    async def _write(self, data: bytes) -> None:
-        """Write, whole frames only, hence the shield; a peer that does not read would hold it for ever."""
-        if not self.send_lock.locked():
-            data = self._write_at_once(data)
-        if not data:
-            return
-        async with self.send_lock:
-            try:
-                for start in range(0, len(data), PIECE):
-                    with trio.fail_after(self._limits.write_timeout, shield=True):
-                        await self.stream.send_all(data[start : start + PIECE])
-            except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
-                await trio.aclose_forcefully(self.stream)
+    # Writing
 
-    def _write_at_once(self, data: bytes) -> bytes:
-        """What the socket does not take at once. Mostly that is nothing, and locks and time limits are not needed."""
-        if isinstance(self.stream, trio.SocketStream):
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was to be written is."""
+        return not self._owed and not self.send_lock.locked()
+
+    def write_soon(self, data: bytes) -> None:
+        """Write after all that came before, without waiting for it."""
+        self._write_at_once(data)
+        if self._owed:
+            self._task_group.spawn(self._write_owed)
+
+    def _write_at_once(self, data: bytes) -> None:
+        """What the socket does not take is owed. Mostly that is nothing, and locks and time limits are not needed."""
+        self._owed += data
+        if isinstance(self.stream, trio.SocketStream) and not self.send_lock.locked():
             with suppress(OSError):  # it takes nothing, or is broken: the ordinary way finds out
-                return data[os.write(self.stream.socket.fileno(), data) :]
-        return data
+                self._owed = self._owed[os.write(self.stream.socket.fileno(), self._owed) :]
+
+    async def _write_owed(self) -> None:
+        """Write, whole frames only, hence the shield; a peer that does not read would hold it for ever."""
+        while self._owed:
+            async with self.send_lock:
+                data, self._owed = self._owed, b""
+                try:
+                    for start in range(0, len(data), PIECE):
+                        with trio.fail_after(self._limits.write_timeout, shield=True):
+                            await self.stream.send_all(data[start : start + PIECE])
+                except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
+                    await trio.aclose_forcefully(self.stream)
 
     async def _linger(self) -> None:
         self._closing = True
@@ -243,6 +258,7 @@ class BoundedTCPServer(TCPServer):
         if not isinstance(self.stream, trio.abc.HalfCloseableStream):  # TLS
             await self.stream.aclose()
             return
+        await self._write_owed()
         async with self.send_lock:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await self.stream.send_eof()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 import h11
@@ -20,6 +20,7 @@ from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, WebsocketAcceptEvent
 from quart_trio.wrappers import TrioWebsocket
+from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 
@@ -37,8 +38,22 @@ TRY_AGAIN_LATER = 1013
 _TOKENS = (b"connection", b"sec-websocket-protocol", b"sec-websocket-extensions")
 """Headers that are lists of tokens, which are ASCII (RFC 9110, section 5.6.2)."""
 
-_INBOX = "inference_trio.inbox"
-"""Where in a WebSocket's scope its `Inbox` is, in ``state``."""
+OUTLET = "inference_trio.outlet"
+"""Where in a WebSocket's scope the `Outlet` of its connection is, in ``state``."""
+
+_STREAM = "inference_trio.stream"
+"""Where its `BoundedWSStream` is."""
+
+
+class Outlet(Protocol):
+    """The way to a socket that does not lead through half a dozen layers, each of which may wait."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was to be written is."""
+
+    def write_soon(self, data: bytes) -> None:
+        """Write after all that came before, without waiting for it."""
 
 
 def overloaded(message: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
@@ -135,15 +150,17 @@ class BoundedWSStream(WSStream):
 
     def __init__(self, arriving: Arriving, *args: Any) -> None:
         super().__init__(*args)
-        self._inbox = Inbox(Share(arriving, self._give_way))
+        self.inbox = Inbox(Share(arriving, self._give_way))
+        self._outlet: Outlet | None = None
         self.app_put = _discard
 
     async def handle(self, event: StreamEvent) -> None:
         if isinstance(event, Request):
-            # Messages go to `BoundedWebsocket` this way: on the way through Quart they would wait uncounted.
-            event = replace(event, state={**event.state, _INBOX: self._inbox})  # type: ignore[arg-type]
+            # `BoundedWebsocket` finds this: on the way through Quart, messages would wait uncounted.
+            self._outlet = event.state.get(OUTLET)
+            event = replace(event, state={**event.state, _STREAM: self})  # type: ignore[arg-type]
         elif isinstance(event, StreamClosed):
-            self._inbox.close()
+            self.inbox.close()
         await super().handle(event)
 
     async def _accept(self, message: WebsocketAcceptEvent) -> None:
@@ -155,7 +172,7 @@ class BoundedWSStream(WSStream):
         if message is None:
             # The application has ended: to tell it of the disconnect would wait for room in its queue.
             self.app_put = _discard
-            self._inbox.close()
+            self.inbox.close()
         await super().app_send(message)
 
     async def _handle_events(self) -> None:
@@ -169,25 +186,35 @@ class BoundedWSStream(WSStream):
             elif isinstance(event, CloseConnection):
                 # The peer's close, or wsproto's verdict on a bad frame, which Hypercorn keeps to itself.
                 await self._end(event.response())
-            if self.closed or self._inbox.share.is_over:
+            if self.closed or self.inbox.share.is_over:
                 return
 
     async def _handle_message(self, event: Message[Any]) -> None:
-        if self._inbox.extend(event.data) > self.config.websocket_max_message_size:
+        if self.inbox.extend(event.data) > self.config.websocket_max_message_size:
             # Hypercorn sends the close frame too, but counts characters, and then keeps the socket and the message.
             await self._end(CloseConnection(code=CloseReason.MESSAGE_TOO_BIG))
             return
         if event.message_finished:
-            self._inbox.finish(isinstance(event, TextMessage))
-        await self._inbox.wait_for_room()
+            self.inbox.finish(isinstance(event, TextMessage))
+        await self.inbox.wait_for_room()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is open, and all that was sent before has been written."""
+        is_idle = self._outlet is not None and self._outlet.is_idle
+        return is_idle and not self.closed and self.connection.state is ConnectionState.OPEN
+
+    def send_at_once(self, text: str) -> None:
+        """What `app_send` does, while it `is_free`, but without waiting for anything."""
+        cast("Outlet", self._outlet).write_soon(self.connection.send(TextMessage(data=text)))
 
     def _give_way(self) -> None:
-        self._inbox.share.arriving.on_refusal("websocket", TRY_AGAIN_LATER)
-        self._inbox.close()
+        self.inbox.share.arriving.on_refusal("websocket", TRY_AGAIN_LATER)
+        self.inbox.close()
         self.task_group.spawn(self._end, CloseConnection(code=TRY_AGAIN_LATER))
 
     async def _end(self, close: CloseConnection) -> None:
-        self._inbox.close()
+        self.inbox.close()
         if not self.closed:
             await self._send_wsproto_event(close)
             await self.send(StreamClosed(stream_id=self.stream_id))
@@ -198,7 +225,7 @@ async def _discard(event: ASGIReceiveEvent) -> None:
 
 
 class BoundedWebsocket(TrioWebsocket):
-    """``app.websocket_class``: takes its messages from the `Inbox` of its `BoundedWSStream`.
+    """``app.websocket_class``: takes its messages from the `Inbox` of its `BoundedWSStream`, and may send past Quart.
 
     What Quart-Trio keeps for a handler has no bound in bytes, and none in number in 0.13. And it holds on to the last
     message until the next one comes.
@@ -207,5 +234,18 @@ class BoundedWebsocket(TrioWebsocket):
     async def receive(self) -> bytes | str:
         """The next message. Whoever asks for it is through with the one before."""
         await self.accept()
-        inbox: Inbox = self.scope["state"][_INBOX]
-        return await inbox.take()
+        return await self._stream.inbox.take()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the WebSocket, which must have been accepted, `send_at_once`s."""
+        return self._stream.is_free
+
+    def send_at_once(self, text: str) -> None:
+        """The same as `send`, while it `is_free`, but without waiting."""
+        self._stream.send_at_once(text)
+
+    @property
+    def _stream(self) -> BoundedWSStream:
+        stream: BoundedWSStream = self.scope["state"][_STREAM]
+        return stream

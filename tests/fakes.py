@@ -149,6 +149,15 @@ class FakeWebSocket:
     async def receive(self) -> str | bytes:
         return await self._incoming.receive()
 
+    @property
+    def is_free(self) -> bool:
+        queue = self._outgoing.statistics()
+        has_room = queue.current_buffer_used < queue.max_buffer_size or queue.tasks_waiting_receive > 0
+        return has_room and not queue.tasks_waiting_send
+
+    def send_at_once(self, text: str) -> None:
+        self._outgoing.send_nowait(text)
+
     async def send(self, data: str) -> None:
         await self._outgoing.send(data)
 

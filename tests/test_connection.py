@@ -13,7 +13,7 @@ import trio.testing
 
 from inference_trio.access import Owner
 from inference_trio.connection import Connection
-from inference_trio.protocol import CreateSession
+from inference_trio.protocol import CreateSession, Error, TextChunk
 from inference_trio.session import Session
 from inference_trio.store import SessionStore
 
@@ -287,6 +287,31 @@ async def test_what_waits_to_be_sent_is_merged_and_a_full_outbox_holds_the_model
         assert len(frames) < 100
 
 
+async def test_what_is_told_while_nothing_waits_is_sent_before_whoever_tells_it_goes_on() -> None:
+    async with bench(HELLO) as it:
+        session = it.create()
+        socket = it.connect(session)
+        await trio.testing.wait_all_tasks_blocked()
+        for piece in "abc":
+            session.append(TextChunk(task_id="t", chunk=piece))
+        assert text_of(socket.heard()) == "abc"
+
+
+async def test_what_is_told_while_something_waits_comes_after_it() -> None:
+    async with bench(HELLO) as it:
+        session = it.create()
+        socket = it.connect(session, outgoing=1)
+        await trio.testing.wait_all_tasks_blocked()
+        for piece in "abcdef":
+            session.append(TextChunk(task_id="t", chunk=piece))
+        await trio.testing.wait_all_tasks_blocked()
+        session.append(TextChunk(task_id="t", chunk="g"))
+        session.append(Error(task_id="t", error={}))
+        frames = await transcript(socket)
+        assert numbers(frames) == list(range(1, len(frames) + 1))
+        assert text_of(frames) == "abcdefg"
+
+
 async def test_requests_are_not_read_while_their_answers_are_not() -> None:
     async with bench(HELLO) as it:
         socket = it.connect(it.create(), outgoing=0)
@@ -332,6 +357,7 @@ async def test_resumed_names_the_running_tasks_and_their_outstanding_calls() -> 
         first = it.connect(session)
         first.call("generate", {"message": "hi"})
         task_id = (await first.hear())["result"]["task_id"]
+        await trio.testing.wait_all_tasks_blocked()
         await first.drop()
         resumed = await it.connect(session, after=0).hear()
         assert resumed["params"]["tasks"] == [
@@ -447,6 +473,20 @@ async def test_a_defect_in_a_connection_closes_it_with_1011(
         assert socket.close_code == 1011
         assert session.is_idle
         assert "defect" in caplog.text
+
+
+async def test_a_defect_in_sending_closes_it_with_1011_and_leaves_the_task_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with bench(HELLO) as it:
+        session = it.create()
+        socket = it.connect(session)
+        await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(FakeWebSocket, "send_at_once", None)
+        session.append(TextChunk(task_id="t", chunk="x"))
+        await socket.gone.wait()
+        assert socket.close_code == 1011
+        assert "defect in a connection" in caplog.text
 
 
 # The store

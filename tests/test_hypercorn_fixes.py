@@ -42,7 +42,7 @@ from inference_trio import hypercorn_fixes
 from inference_trio.arriving import Arriving
 from inference_trio.hypercorn_fixes import Hooks, ServerLimits, install
 from inference_trio.hypercorn_streams import BoundedWebsocket, OnlyHTTP1
-from tests.sockets import HANDSHAKE, Client, connected, everything, pour
+from tests.sockets import HANDSHAKE, Client, connected, everything, pour, pour_out
 
 MEGABYTE = 2**20
 HOUR = 3600
@@ -75,8 +75,9 @@ def clock() -> MockClock:
 class ToyApp(QuartTrio):
     """Routes that behave in one way each.
 
-    ``shout`` sends one message that is more than the kernel takes. ``deaf`` receives one message, then none until
-    ``leave`` is set. Both set ``busy`` when they have come that far, and ``ended``.
+    ``free`` says whether it could send at once; ``hurry`` does so, with more than the kernel takes. ``shout`` sends one
+    message that is more than that. ``deaf`` receives one message, then none until ``leave`` is set. The last three set
+    ``busy`` when they have come that far, the last two ``ended``.
     """
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class ToyApp(QuartTrio):
         self.leave = trio.Event()
         self.ended = trio.Event()
         self.post("/length")(self.length)
-        for handler in (self.echo, self.shout, self.deaf):
+        for handler in (self.echo, self.free, self.hurry, self.shout, self.deaf):
             self.websocket(f"/{handler.__name__}")(handler)
 
     async def length(self) -> str:
@@ -95,6 +96,19 @@ class ToyApp(QuartTrio):
     async def echo(self) -> None:
         while True:
             await websocket.send(repr(await websocket.receive()))
+
+    async def free(self) -> None:
+        await websocket.accept()
+        await websocket.send(f"{websocket.is_free}")
+
+    async def hurry(self) -> None:
+        await websocket.accept()
+        websocket.send_at_once("first")
+        websocket.send_at_once("x" * 32 * MEGABYTE)
+        self.busy.set()
+        await websocket.send(f"{websocket.is_free}")
+        websocket.send_at_once("last")
+        await self.leave.wait()
 
     async def shout(self) -> None:
         try:
@@ -154,6 +168,48 @@ async def test_a_client_that_reads_slowly_gets_a_message_that_takes_long(clock: 
             clock.jump(LIMITS.write_timeout * 0.6)
             await read(client, 10 * MEGABYTE)  # more than the kernel holds, so the server has gone on
         await read(client, MEGABYTE)
+
+
+# What is sent without waiting
+
+
+async def test_what_is_sent_at_once_is_written_whole_and_in_order() -> None:
+    install(LIMITS)
+    app = ToyApp()
+    async with serving(app) as port, connected(port, b"/hurry") as client:
+        await blocked(app)
+        received = [await client.message()]
+        while received[-1] != "last":
+            received.append(await client.message())
+        app.leave.set()
+    first, *pieces, was_free, _ = received
+    assert (first, was_free) == ("first", "False")
+    assert "".join(pieces) == "x" * 32 * MEGABYTE
+
+
+async def test_a_client_that_does_not_read_what_is_sent_at_once_is_dropped(clock: MockClock) -> None:
+    install(LIMITS)
+    app = ToyApp()
+    async with serving(app) as port, connected(port, b"/hurry") as client:
+        await blocked(app)
+        clock.jump(LIMITS.write_timeout)
+        await wait_all_tasks_blocked()
+        with trio.fail_after(10):
+            await pour_out(client.stream)
+
+
+async def test_without_it_nothing_is_free_to_be_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Hypercorn did not pass a connection's state on to its WebSocket, all would be sent the ordinary way."""
+    install(LIMITS)
+    monkeypatch.setattr(hypercorn_fixes, "OUTLET", "elsewhere")
+    async with serving(ToyApp()) as port, connected(port, b"/free") as client:
+        assert await client.message() == "False"
+
+
+async def test_a_connection_that_was_accepted_is_free_to_be_sent_to() -> None:
+    install(LIMITS)
+    async with serving(ToyApp()) as port, connected(port, b"/free") as client:
+        assert await client.message() == "True"
 
 
 async def read(client: Client, size: int) -> None:
