@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from .chat import JsonObject
-from .deltas import REASONING_FIELDS
+from .deltas import REASONING_FIELDS, Delta
 from .errors import BrokenStreamError
 from .sse import EventDecoder
 from .upstream_errors import ErrorInStreamError
@@ -68,7 +68,15 @@ _USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _decoder = msgspec.json.Decoder(_Chunk)
 
 
-NOTHING_YET: JsonObject = {"choices": [], "usage": None}
+class Plain(dict[str, Any]):
+    """A chunk of which it is known already what LangChain would make of it: nothing but this."""
+
+    def __init__(self, chunk: JsonObject, delta: Delta | None) -> None:
+        super().__init__(chunk)
+        self.delta = delta
+
+
+NOTHING_YET = Plain({"choices": [], "usage": None}, None)
 """The chunk for a read that brought nothing."""
 
 
@@ -107,7 +115,7 @@ def _joined(events: Iterable[bytes]) -> Iterator[JsonObject]:
     """The chunks, with those of nothing but text put together, up to the first failure, which is raised."""
     for field, run in itertools.groupby(map(_attempt, events), key=_first):
         if field:
-            yield _langchain_chunk({field: "".join(text for _, text in run)})
+            yield _plain_chunk(field, "".join([text for _, text in run]))
         else:
             for _, item in run:
                 if isinstance(item, Exception):
@@ -169,6 +177,11 @@ def _normalised(chunk: _Chunk, event: bytes) -> JsonObject:
         return {"choices": [], "usage": usage}
     delta = choice.delta or choice.message or _Delta(content=choice.text)  # some servers send the last two
     return _langchain_chunk(_fields_of(delta), choice.finish_reason, usage, chunk.model)
+
+
+def _plain_chunk(field: str, text: str) -> Plain:
+    delta = Delta(text=text) if field == "content" else Delta(reasoning=text, reasoning_field=field)
+    return Plain(_langchain_chunk({field: text}), delta)
 
 
 def _langchain_chunk(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import attrs
 import httpx2
@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from .bridge import TrioTransport, reads_of
 from .chat import JsonObject
-from .chunks import NOTHING_YET, read_chunks
+from .chunks import Plain, read_chunks
 from .deltas import REASONING_FIELDS, Delta, delta_of
 from .errors import ConfigurationError, InvalidParamsError
 from .messages import ModelRequest, to_langchain, wire_form
@@ -38,8 +38,13 @@ _NO_KEY = "none"  # the clients insist on one
 _NOT_IN_RESPONSES_API = ("stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias")
 
 
-_NOTHING_YET = ChatGenerationChunk(message=AIMessageChunk(content=""))
-"""What LangChain passes on for `chunks.NOTHING_YET`."""
+@attrs.frozen
+class _Passed:
+    """What LangChain passes on for a `Plain` chunk. A chunk of its own would cost more than all the rest of a token."""
+
+    delta: Delta | None
+    message: ClassVar = AIMessageChunk(content="")
+    generation_info: ClassVar = None
 
 
 @attrs.frozen
@@ -61,8 +66,10 @@ class CompletionsClient:
         )
         response: httpx2.Response = answer
         with contextlib.closing(response):
-            # Whoever observes it would be told of nothing, and may block.
-            yield read_chunks(response.iter_bytes() if _is_observed() else reads_of(response))
+            if _is_observed():  # whoever does may block, would be told of nothing, and wants to see all
+                yield map(dict, read_chunks(response.iter_bytes()))
+            else:
+                yield read_chunks(reads_of(response))
 
 
 class CompatibleChatOpenAI(ChatOpenAI):
@@ -88,8 +95,8 @@ class CompatibleChatOpenAI(ChatOpenAI):
     def _convert_chunk_to_generation_chunk(
         self, chunk: dict[str, Any], default_chunk_class: type, base_generation_info: dict[str, Any] | None
     ) -> ChatGenerationChunk | None:
-        if chunk is NOTHING_YET:
-            return _NOTHING_YET
+        if isinstance(chunk, Plain):
+            return cast("ChatGenerationChunk", _Passed(chunk.delta))
         converted = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
         if converted and chunk["choices"]:
             delta = chunk["choices"][0]["delta"]
@@ -121,7 +128,7 @@ class OpenAISource:
         # `stream` keeps every chunk, and merges them at the end for callbacks that nobody has set.
         for chunk in self._model._stream(messages, **arguments):  # noqa: SLF001
             message = cast("AIMessageChunk", chunk.message)
-            yield None if chunk is _NOTHING_YET else delta_of(message, chunk.generation_info or {})
+            yield chunk.delta if isinstance(chunk, _Passed) else delta_of(message, chunk.generation_info or {})
 
     async def aclose(self) -> None:
         await self._transport.aclose()

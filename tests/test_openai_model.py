@@ -15,12 +15,14 @@ import attrs
 import httpx2
 import openai
 import pytest
+from langchain_core.messages import AIMessageChunk
 from langchain_core.tracers.context import collect_runs
 from langchain_openai import ChatOpenAI
 from langchain_openai.chat_models.base import BaseChatOpenAI
 
 from inference_trio import openai_model
-from inference_trio.deltas import Delta, ToolCallDelta, mended
+from inference_trio.chunks import Plain, read_chunks
+from inference_trio.deltas import Delta, ToolCallDelta, delta_of, mended
 from inference_trio.errors import BrokenStreamError, ConfigurationError, InvalidParamsError
 from inference_trio.messages import ModelRequest, to_langchain
 from inference_trio.openai_model import OpenAISource, open_openai
@@ -322,6 +324,22 @@ def test_what_the_responses_api_does_not_take_is_refused(name: str) -> None:
 
 
 # What is not promised
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning_content", "reasoning"])
+def test_what_is_passed_langchain_by_is_what_it_would_make_of_it(field: str) -> None:
+    [chunk] = read_chunks([stream(says(**{field: "Hel"}), says(**{field: "lo"}))])
+    assert isinstance(chunk, Plain)
+    made = source(Endpoint())._model._convert_chunk_to_generation_chunk(dict(chunk), AIMessageChunk, {})
+    assert made
+    assert isinstance(made.message, AIMessageChunk)
+    assert delta_of(made.message, made.generation_info or {}) == chunk.delta
+    assert (chunk.delta.text or chunk.delta.reasoning) == "Hello"
+
+
+def test_text_is_passed_langchain_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseChatOpenAI, "_convert_chunk_to_generation_chunk", None)
+    assert [delta.text for delta in deltas(Endpoint(stream(says(content="Hello"))))] == ["Hello"]
 
 
 def test_the_hooks_of_langchain_have_the_shape_we_override() -> None:
