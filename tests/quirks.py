@@ -132,6 +132,7 @@ QUIRKS: dict[str, Quirk] = {
         (_second(index="1"),),
         calls=BOTH,
     ),
+    "index in the first delta only": _one(_whole('{"city":'), _more(' "Berlin"}', index=ABSENT)),
     "index is null": _quirk((_whole(index=None),), (_second(index=None),), calls=BOTH),
     "no index": _quirk(
         (_whole("", index=ABSENT),),
