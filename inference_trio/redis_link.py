@@ -75,6 +75,8 @@ class Link:
     _there: trio.Event = attrs.field(factory=trio.Event)
     _opened: trio.Event = attrs.field(factory=trio.Event)
     _failed: trio.Event = attrs.field(factory=trio.Event)
+    _was_told: bool = False
+    """Whether the log knows that Redis is away."""
     _looks: int = 0
     _asked: dict[trio.CancelScope, int] = attrs.field(factory=dict)
     """The calls under way, oldest first: how many looks there had been when each was made."""
@@ -92,7 +94,7 @@ class Link:
                     self._opened.set()
                     await self._failed.wait()
             except* FAILURES as group:  # a cluster's client connects at once
-                logger.warning("Redis is away: %s", group.exceptions[0])
+                logger.warning("Redis is away: %s", _reason(group.exceptions[0]))
                 await trio.sleep(PAUSE)
 
     async def open(self) -> None:
@@ -149,13 +151,16 @@ class Link:
         if self.is_away:
             logger.info("Redis is there")
             self._there.set()
+            self._was_told = False
 
     def _give_up(self, client: Any, why: str) -> None:
         """What was asked may be answered late or never: no connection of this client is used again."""
         if client is None or client is not self._client:
             return
-        if not self.is_away:
+        if not self._was_told:
             logger.warning("Redis is away: %s", why)
+            self._was_told = True
+        if not self.is_away:
             self._there = trio.Event()
         self._client = None
         self._failed.set()
@@ -181,10 +186,16 @@ class Link:
             except ResponseError:
                 raise
             except FAILURES as error:
-                self._give_up(client, str(error) or type(error).__name__)
+                self._give_up(client, _reason(error))
             finally:
                 del self._asked[asked]
         raise AwayError("there was no answer")
+
+
+def _reason(error: BaseException) -> str:
+    """What the error says, and what was behind it, where that says more."""
+    said = str(error) or type(error).__name__
+    return f"{said}: {error.__cause__}" if error.__cause__ else said
 
 
 @asynccontextmanager
