@@ -1,28 +1,32 @@
-"""HTTP/1.1 to providers, on Trio and h11, made for many answers that come in small pieces for a long time.
+"""HTTP/1.1 to providers, on Trio and llhttp, made for many answers that come in small pieces for a long time.
 
 httpx2's own transport gives every piece of a body for itself, through half a dozen layers, and looks at all of its
 connections for each request and each answer. Here a read gives all that has come, and the connections that wait
-for a request lie in a stack.
+for a request lie in a stack. h11 writes the requests; to read with it would cost more than all that is done with what
+was read.
 """
 
 from __future__ import annotations
 
 import os
 import ssl
+import sys
 from collections import defaultdict, deque
 from contextlib import suppress
+from http import HTTPStatus
 from math import inf
-from typing import Any
 
 import attrs
 import h11
+import httptools
 import httpx2
 import trio
 
-from .chunked import ChunkedBody, ChunkError
-
 MAX_READ = 65_536
 """Bytes read from a socket at a time."""
+
+MAX_HEAD = 65_536
+"""Bytes of the head of an answer, with those of informational ones before it."""
 
 Origin = tuple[str, str, int]
 """Scheme, host and port."""
@@ -44,12 +48,12 @@ class StreamTransport(httpx2.AsyncBaseTransport):
         origin = _origin_of(request.url)
         connection = self._take_idle(origin) or await self._connect(origin, request)
         try:
-            head = await connection.send(request)
+            answer = await connection.send(request)
         except BaseException:
             connection.close()
             raise
         body = _Body(connection, self._idle[origin] if self.keepalive_expiry else None)
-        return httpx2.Response(head.status_code, headers=list(head.headers), stream=body)
+        return httpx2.Response(answer.status, headers=answer.headers, stream=body)
 
     async def aclose(self) -> None:
         """Close the connections that wait for a request."""
@@ -97,6 +101,75 @@ def _origin_of(url: httpx2.URL) -> Origin:
     return url.scheme, url.raw_host.decode("ascii"), url.port or (443 if url.scheme == "https" else 80)
 
 
+class _Answer:
+    """What llhttp makes of the bytes of an answer. Informational ones before it are passed over.
+
+    ``status`` is 0 until the head is complete.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.is_complete = False
+        self.leaves_open = False
+        """Once it is complete, whether another one may follow on the connection."""
+        self._content: list[bytes] = []
+        self._failure: Exception | None = None
+        self._head_size = 0
+        self._parser = httptools.HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(  # there are servers that need them, and nobody to be smuggled past
+            lenient_chunked_length=True, lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True
+        )
+
+    def feed(self, data: bytes) -> None:
+        """Take what has come, or nothing for the end of the connection. `take` raises what is wrong with it."""
+        try:
+            if data:
+                self._parser.feed_data(data)
+            elif not self.is_complete:
+                self._end()
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._failure, self.leaves_open = error, False
+        if not self.status:
+            self._head_size += len(data)
+            if self._head_size >= MAX_HEAD:
+                self._failure = ValueError("The head of the answer is too large")
+
+    def take(self) -> bytes:
+        """The content that has come since. Raises httpx2.RemoteProtocolError, after what was good before."""
+        content, self._content = b"".join(self._content), []
+        if self._failure and not content and not self.is_complete:
+            raise httpx2.RemoteProtocolError(str(self._failure)) from self._failure
+        return content
+
+    def _end(self) -> None:
+        names = {name.lower() for name, _ in self.headers}
+        if not self.status or names & {b"content-length", b"transfer-encoding"}:
+            raise httptools.HttpParserError("The answer broke off")
+        self.is_complete = True
+
+    # What llhttp calls
+
+    def on_message_begin(self) -> None:
+        self.leaves_open = False  # nothing but one answer was asked for
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.status:  # else it comes after a body
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self._content.append(body)
+
+    def on_message_complete(self) -> None:
+        if self.status < HTTPStatus.OK:
+            self.status, self.headers = 0, []
+        else:
+            self.is_complete, self.leaves_open = True, self._parser.should_keep_alive()
+
+
 @attrs.define(eq=False)
 class _Connection:
     """One connection, with at most one request at a time. ``_tcp`` is what ``_stream`` runs over."""
@@ -104,60 +177,26 @@ class _Connection:
     _stream: trio.abc.Stream
     _tcp: trio.SocketStream
     idle_since: float = 0.0
-    _http: h11.Connection = attrs.field(factory=lambda: h11.Connection(h11.CLIENT))
-    _chunked: ChunkedBody | None = None
-    """The body of the answer, where it comes in chunks; h11 has all others."""
-    _is_kept: bool = False
+    _answer: _Answer = attrs.field(init=False)
 
-    async def send(self, request: httpx2.Request) -> h11.Response:
-        """The head of the answer to ``request``, whose body must have been read."""
-        self._http = h11.Connection(h11.CLIENT)
-        request_line = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
-        events = (request_line, h11.Data(data=request.content), h11.EndOfMessage())
+    async def send(self, request: httpx2.Request) -> _Answer:
+        """The answer to ``request``, whose body must have been read; of the answer, the head has come."""
+        self._answer = _Answer()
         try:
-            await self._stream.send_all(b"".join(self._http.send(event) or b"" for event in events))
+            await self._stream.send_all(_bytes_of(request))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise httpx2.WriteError(str(error)) from error
-        while not isinstance(event := await self._next_event(), h11.Response):
-            pass  # an informational one
-        headers = dict(event.headers)
-        is_chunked = b"transfer-encoding" in headers and event.http_version == b"1.1"  # h11 knows no other coding
-        self._chunked = ChunkedBody(self._http.trailing_data[0]) if is_chunked else None
-        self._is_kept = b"close" not in headers.get(b"connection", b"").lower()
-        return event
+        while not self._answer.status:
+            self._answer.feed(await self._receive())
+            if not self._answer.status:
+                self._answer.take()
+        return self._answer
 
     async def read(self) -> bytes:
         """All of the body that has come, waiting for some; nothing at its end."""
-        if self._chunked is None:
-            return await self._read_other()
-        try:
-            content = self._chunked.feed(b"")
-            while not content and not self._chunked.is_complete:
-                data = await self._receive()
-                if not data:
-                    raise httpx2.RemoteProtocolError("The answer broke off within its body")
-                content = self._chunked.feed(data)
-        except ChunkError as error:
-            raise httpx2.RemoteProtocolError(str(error)) from error
+        while not (content := self._answer.take()) and not self._answer.is_complete:
+            self._answer.feed(await self._receive())
         return content
-
-    async def _read_other(self) -> bytes:
-        parts: list[bytes] = []
-        if self._http.their_state in (h11.SEND_BODY, h11.ERROR):
-            event = await self._next_event()
-            with suppress(h11.RemoteProtocolError):  # the next read raises it again
-                while isinstance(event, h11.Data):
-                    parts.append(event.data)
-                    event = self._http.next_event()
-        return b"".join(parts)
-
-    async def _next_event(self) -> Any:
-        try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
-                self._http.receive_data(await self._receive())
-        except h11.RemoteProtocolError as error:
-            raise httpx2.RemoteProtocolError(str(error)) from error
-        return event
 
     async def _receive(self) -> bytes:
         """What has come, waiting for some; nothing at the end. There hardly ever is any already, so this waits first.
@@ -165,7 +204,7 @@ class _Connection:
         Raises httpx2.ReadError.
         """
         try:
-            if self._stream is self._tcp:
+            if self._stream is self._tcp and sys.platform != "win32":  # where a socket is no file
                 await trio.lowlevel.wait_readable(self._tcp.socket)
                 with suppress(BlockingIOError):
                     return os.read(self._tcp.socket.fileno(), MAX_READ)
@@ -175,9 +214,7 @@ class _Connection:
 
     def is_reusable(self) -> bool:
         """Whether another request may be sent: this one and its answer have come to their ends."""
-        if self._chunked:
-            return self._is_kept and self._chunked.is_complete and not self._chunked.rest
-        return self._http.our_state is self._http.their_state is h11.DONE and not self._http.trailing_data[0]
+        return self._answer.is_complete and self._answer.leaves_open
 
     def is_silent(self) -> bool:
         """Whether nothing has come while nothing was asked for; what may come is the end."""
@@ -185,6 +222,12 @@ class _Connection:
 
     def close(self) -> None:
         self._tcp.socket.close()
+
+
+def _bytes_of(request: httpx2.Request) -> bytes:
+    http = h11.Connection(h11.CLIENT)
+    head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
+    return b"".join(http.send(event) or b"" for event in (head, h11.Data(data=request.content), h11.EndOfMessage()))
 
 
 @attrs.define(eq=False)

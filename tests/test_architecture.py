@@ -56,7 +56,6 @@ ORDER = (
     "tool_calls",
     "messages",
     "bridge",
-    "chunked",
     "upstream_http",
     "sse",
     "upstream_errors",

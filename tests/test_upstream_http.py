@@ -122,12 +122,21 @@ async def test_a_request_goes_out_as_it_was_made(start: Start, transport: Stream
 
 @pytest.mark.parametrize(
     "answer",
-    [sized(b"ab"), CHUNKED + chunks(b"a", b"b") + END, b"HTTP/1.1 200 OK\r\n\r\nab", b"HTTP/1.0 200 OK\r\n\r\nab"],
-    ids=["sized", "chunked", "until it closes", "HTTP/1.0"],
+    [
+        sized(b"ab"),
+        CHUNKED + chunks(b"a", b"b") + END,
+        CHUNKED + b"1;last=no\r\na\r\n01 \r\nb\r\n0\r\nStatus: 500\r\n\r\n",
+        sized(b"5\r\n", b"Transfer-Encoding: chunked")[:-3] + b"1\r\na\r\n1\r\nb\r\n" + END,
+        b"HTTP/1.1 200 OK\nContent-Length: 2\n\nab",
+        b"HTTP/1.1 200 OK\r\n\r\nab",
+        b"HTTP/1.0 200 OK\r\n\r\nab",
+    ],
+    ids=["sized", "chunked", "chunked with extras", "both", "plain line ends", "until it closes", "HTTP/1.0"],
 )
 async def test_a_body_ends_as_its_framing_says(start: Start, transport: StreamTransport, answer: bytes) -> None:
     response, pieces = await post(transport, await start([answer]))
     assert response.status_code == 200
+    assert "status" not in response.headers
     assert b"".join(pieces) == b"ab"
 
 
@@ -182,7 +191,16 @@ async def test_requests_at_a_time_have_a_connection_each(start: Start, transport
     assert peer.connections == 2
 
 
-@pytest.mark.parametrize("answer", [sized(b"", b"Connection: close"), sized(b"") + b"HTTP/1.1 200 OK\r\n"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        sized(b"", b"Connection: close"),
+        sized(b"", b"Connection: close") + b"x",
+        sized(b"").replace(b"1.1", b"1.0"),
+        sized(b"") + b"HTTP/1.1 200 OK\r\n",
+        sized(b"") + b"x",
+    ],
+)
 async def test_a_connection_that_says_more_than_its_answer_or_goodbye_is_not_used_again(
     start: Start, transport: StreamTransport, answer: bytes
 ) -> None:
@@ -272,6 +290,8 @@ async def test_connecting_has_a_time_limit(start: Start, transport: StreamTransp
         (b"", httpx2.RemoteProtocolError),
         (b"HTTP/1.1 200 OK\r\n", httpx2.RemoteProtocolError),
         (b"hello\r\n\r\n", httpx2.RemoteProtocolError),
+        (b"HTTP/1.1 101 Switching\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\nab", httpx2.RemoteProtocolError),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: x\r\n\r\nab", httpx2.RemoteProtocolError),
         (CHUNKED + chunks(b"a"), httpx2.RemoteProtocolError),
         (CHUNKED + chunks(b"a") + b"no chunk\r\n", httpx2.RemoteProtocolError),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\na", httpx2.RemoteProtocolError),
