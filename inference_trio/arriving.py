@@ -123,8 +123,10 @@ class Share:
                     await turn.wait()
                     return
                 if trio.current_time() >= until:
-                    arriving.drop(self)
-                elif (first := arriving.first) and trio.current_time() >= arriving.patient_until:
+                    if arriving.used > arriving.limit:
+                        arriving.drop(self)
+                    return
+                if (first := arriving.first) and trio.current_time() >= arriving.patient_until:
                     arriving.drop(first)
         finally:
             arriving.waiting.pop(self, None)

@@ -64,6 +64,18 @@ async def test_who_has_waited_for_too_long_gives_way_too(autojump_clock: MockClo
     assert crowd.through == []
 
 
+async def test_of_those_who_have_waited_too_long_only_as_many_give_way_as_have_to(autojump_clock: MockClock) -> None:
+    crowd = Crowd()
+    for number in range(6):
+        crowd.share(f"stalls {number}").hold(SIZE)
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(crowd.send, "honest", 1.0, 20_000)
+    # Then the last of those that stall has 60,000, and there is room for two.
+    assert [name for name, _ in crowd.dropped].count("honest") == 3
+    assert crowd.through == ["honest", "honest"]
+
+
 async def test_who_waits_keeps_the_place_when_the_first_one_gives_way(autojump_clock: MockClock) -> None:
     for _ in range(10):  # all wait until the same moment, and Trio runs what is due at the same time in any order
         crowd = Crowd()
