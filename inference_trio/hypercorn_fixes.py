@@ -7,7 +7,7 @@ How a connection ends. One task reads the socket, inside the cancel scope ``_rea
 application's task and a few of Hypercorn's. Whatever ends a connection ends its reading:
 
 * The peer went silent, or the application took nothing: the scope's deadline, moved on with each read, is reached.
-* A write failed or took too long: the socket is closed.
+* A write failed or took too long: the scope is cancelled, and the socket closed.
 * We close (after a close frame or a last response): we send end-of-file, then read and discard for at most
   ``LINGER`` seconds. A socket that is closed with unread input is reset, and many a client then never sees
   why it was closed.
@@ -250,6 +250,7 @@ class BoundedTCPServer(TCPServer):
                         with trio.fail_after(self._limits.write_timeout, shield=True):
                             await self.stream.send_all(data[start : start + PIECE])
                 except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
+                    self._reading.cancel()  # it may wait for the application, which may write on for long
                     await trio.aclose_forcefully(self.stream)
 
     async def _linger(self) -> None:

@@ -109,14 +109,12 @@ class BoundedHTTPStream(HTTPStream):
     def __init__(self, arriving: Arriving, *args: Any) -> None:
         super().__init__(*args)
         self._share = Share(arriving, self._give_way)
-        self._body_size = 0
 
     async def handle(self, event: StreamEvent) -> None:
         if isinstance(event, (Body, EndBody)) and (self._passed or self._share.is_over):
             return
         if isinstance(event, Body):
-            self._body_size += len(event.data)
-            self._share.hold(self._body_size)
+            self._share.hold(self._share.size + len(event.data))
         await super().handle(event)
         if isinstance(event, Body):
             if self._passed:
@@ -140,7 +138,7 @@ class BoundedHTTPStream(HTTPStream):
 
     @property
     def _passed(self) -> bool:
-        return self._body_size > self.config.wsgi_max_body_size
+        return self._share.size > self.config.wsgi_max_body_size
 
 
 class BoundedWSStream(WSStream):
@@ -210,7 +208,6 @@ class BoundedWSStream(WSStream):
 
     def _give_way(self) -> None:
         self.inbox.share.arriving.on_refusal("websocket", TRY_AGAIN_LATER)
-        self.inbox.close()
         self.task_group.spawn(self._end, CloseConnection(code=TRY_AGAIN_LATER))
 
     async def _end(self, close: CloseConnection) -> None:

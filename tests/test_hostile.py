@@ -477,6 +477,7 @@ async def test_what_sixty_clients_push_at_once_is_bounded_and_small_requests_get
 async def test_connections_beyond_the_limit_are_refused(tmp_path: Path, record: Any) -> None:
     with serving(tmp_path, {}, INFERENCE_MAX_CONNECTIONS="50") as target:
         async with attack(target, record) as attacker:
+            before = attacker.process.holdings()
             async with AsyncExitStack() as held:
                 streams = [
                     await held.enter_async_context(await trio.open_tcp_stream("127.0.0.1", attacker.port))
@@ -486,7 +487,7 @@ async def test_connections_beyond_the_limit_are_refused(tmp_path: Path, record: 
                 head, _, body = answer.partition(b"\r\n\r\n")
                 assert head.startswith(b"HTTP/1.1 503")
                 assert json.loads(body)["error"]["code"] == -32005
-            await attacker.process.wait_for(lambda now: now.descriptors < 40, "still held")
+            await attacker.process.wait_for(before.covers, "still held")
             assert (await attacker.server.get("/healthz")).status_code == 200
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -76,8 +77,8 @@ class ToyApp(QuartTrio):
     """Routes that behave in one way each.
 
     ``free`` says whether it could send at once; ``hurry`` does so, with more than the kernel takes. ``shout`` sends one
-    message that is more than that. ``deaf`` receives one message, then none until ``leave`` is set. The last three set
-    ``busy`` when they have come that far, the last two ``ended``.
+    message that is more than that. ``deaf`` receives one message, then none until ``leave`` is set; ``mutter`` then
+    sends without end. The last four set ``busy`` when they have come that far, the last three ``ended``.
     """
 
     def __init__(self) -> None:
@@ -87,7 +88,7 @@ class ToyApp(QuartTrio):
         self.leave = trio.Event()
         self.ended = trio.Event()
         self.post("/length")(self.length)
-        for handler in (self.echo, self.free, self.hurry, self.shout, self.deaf):
+        for handler in (self.echo, self.free, self.hurry, self.shout, self.deaf, self.mutter):
             self.websocket(f"/{handler.__name__}")(handler)
 
     async def length(self) -> str:
@@ -122,6 +123,17 @@ class ToyApp(QuartTrio):
             await websocket.receive()
             self.busy.set()
             await self.leave.wait()
+        finally:
+            self.ended.set()
+
+    async def mutter(self) -> None:
+        try:
+            await websocket.receive()
+            self.busy.set()
+            await self.leave.wait()
+            while True:
+                await websocket.send("x")
+                await trio.lowlevel.checkpoint()
         finally:
             self.ended.set()
 
@@ -442,6 +454,19 @@ async def test_without_it_everything_is_taken() -> None:
     async with serving(ToyApp()) as port, connected(port, b"/deaf") as client:
         with trio.fail_after(10):
             await pour(client.stream, FLOOD_OF_MESSAGES)
+
+
+async def test_an_application_that_writes_and_does_not_read_is_cancelled_when_its_peer_is_gone() -> None:
+    install(LIMITS)
+    app = ToyApp()
+    async with serving(app) as port:
+        async with connected(port, b"/mutter") as client:
+            await burst(client)
+            await blocked(app)
+            client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        app.leave.set()
+        with trio.fail_after(10):
+            await app.ended.wait()
 
 
 async def test_a_handler_that_returns_ends_the_connection_although_messages_wait() -> None:
