@@ -8,16 +8,16 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
 from benchmarks import clients, load, servers, workers
 from benchmarks.load import Outcome, percentile
 from benchmarks.plan import Plan
-from benchmarks.servers import FLOOR, LITELLM, OURS, SERVER_CORES, USUAL, Kind, Server
+from benchmarks.servers import FLOOR, LANGSERVE, LITELLM, OURS, SERVER_CORES, USUAL, Kind, Server
 
 
 @dataclass
@@ -72,15 +72,21 @@ class Bench:
         print(f"  {server.kind.name}: {count} × {plan}: {outcome.cpu_per_token:.1f} µs/token{wrong}", flush=True)
         return outcome
 
-    async def alternate(self, plan: Plan, count: int, repeats: int, *kinds: Kind) -> dict[str, list[Outcome]]:
-        """The servers take turns, so that what disturbs one disturbs the others too."""
+    async def alternate(
+        self, plan: Plan, count: int, repeats: int, *kinds: Kind, shorter: Collection[Kind] = ()
+    ) -> dict[str, list[Outcome]]:
+        """The servers take turns, so that what disturbs one disturbs the others too.
+
+        ``shorter`` have two thirds of the tokens: where no ratio is taken, or one that is far from its limit.
+        """
         outcomes: dict[str, list[Outcome]] = {}
         async with self.servers(*kinds) as running:
             for _ in range(1 if self.quick else repeats):
                 for server in running:
-                    if server.kind is LITELLM and LITELLM.name in outcomes:
-                        continue  # its runs take the longest, and are compared with something far away
-                    outcomes.setdefault(server.kind.name, []).append(await self.run(server, plan, count))
+                    if server.kind in (LITELLM, LANGSERVE) and server.kind.name in outcomes:
+                        continue  # their runs take the longest
+                    its_plan = replace(plan, tokens=plan.tokens * 2 // 3) if server.kind in shorter else plan
+                    outcomes.setdefault(server.kind.name, []).append(await self.run(server, its_plan, count))
         return outcomes
 
 
@@ -117,14 +123,17 @@ async def burst(bench: Bench) -> Row:
 
 
 async def paced(bench: Bench) -> Row:
-    outcomes = await bench.alternate(Plan(100 if bench.quick else 200, rate=20), 100, 1, *servers.KINDS)
+    outcomes = await bench.alternate(
+        Plan(100 if bench.quick else 200, rate=20), 100, 1, *servers.KINDS, shorter=(LITELLM, LANGSERVE)
+    )
     costs = _median(outcomes, lambda outcome: outcome.cpu_per_token)
     ratios = _part(costs, USUAL, 0.6) + _part(costs, FLOOR, 1.25)
     return Row("100 streams × 20 tokens/s, each token a read: CPU per token", ratios, _cells(costs, "µs"), costs)
 
 
 async def thousand(bench: Bench) -> Row:
-    outcomes = await bench.alternate(Plan(100 if bench.quick else 150, rate=20), 1000, 1, OURS, USUAL, FLOOR)
+    plan = Plan(100 if bench.quick else 150, rate=20)
+    outcomes = await bench.alternate(plan, 1000, 1, OURS, USUAL, FLOOR, shorter=(USUAL, FLOOR))
     cells = {name: _described(several[0]) for name, several in outcomes.items()}
     lag = percentile(outcomes[OURS.name][0].lags, 0.99)
     return Row("1000 streams × 20 tokens/s, started together", [_at_most("lag p99", lag * 1e3, 500, "ms")], cells)
@@ -269,7 +278,7 @@ ROWS: dict[str, Callable[[Bench], Awaitable[Row]]] = {
 async def growth_in_streams(bench: Bench) -> Curve:
     points = []
     for count in (1, 10, 100) if bench.quick else (1, 10, 100, 1000, 2000):
-        outcome = await _alone(bench, Plan(40, rate=5), count)
+        outcome = await _alone(bench, Plan(40 if count > 100 else 25, rate=5), count)
         lag = percentile(outcome.lags, 0.99) * 1e3
         points.append((count, [outcome.cpu_per_token, outcome.peak * 1024 / count, lag]))
     return Curve("Streams of 5 tokens/s", "streams", ("µs/token", "kB/stream", "lag p99, ms"), points)

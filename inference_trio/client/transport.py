@@ -1,4 +1,7 @@
-"""HTTP and WebSocket: how the client reaches the server, and what it makes of a refusal."""
+"""HTTP and WebSocket: how the client reaches the server, and what it makes of a refusal.
+
+httpx2 is imported where a server is reached: to import it takes almost as long as all the rest of the client.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
 import attrs
-import httpx2
 import trio
 from trio_websocket import ConnectionRejected, WebSocketConnection, wrap_client_stream
 from wsproto.utilities import LocalProtocolError
 
 from .errors import InferenceError, UnreachableError, from_status
 from .events import JsonObject
+
+if TYPE_CHECKING:
+    import httpx2
 
 HANDSHAKE_LIMIT = 10.0
 """Seconds for a request over HTTP, and for connecting a WebSocket."""
@@ -42,6 +47,8 @@ class Transport:
 
     async def create_session(self, tools: Sequence[JsonObject]) -> str:
         """The id of a new session. Raises InferenceError."""
+        import httpx2
+
         try:
             response = await self.http.post(f"{self.url}create_session", json={"tools": tools})
         except httpx2.TransportError as error:
@@ -155,6 +162,8 @@ class _Line(trio.abc.Stream):
 @asynccontextmanager
 async def open_transport(url: str, token: str | None, ssl_context: ssl.SSLContext | None) -> AsyncIterator[Transport]:
     """Raises ValueError for a URL that is none."""
+    import httpx2
+
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES or not parts.hostname or parts.port == 0:
         raise ValueError(f"Expected a URL like http://127.0.0.1:8000 or https://…, got {url!r}")
