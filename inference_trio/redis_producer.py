@@ -71,6 +71,8 @@ class Producer:
     _changed: set[str] = attrs.field(factory=set)
     _begun: int = 0
     _done: int = 0
+    _last_batch: int = 0
+    """The last one that Redis has said to have."""
     _is_busy: bool = False
 
     def open(self, task: Task) -> None:
@@ -152,11 +154,14 @@ class Producer:
     async def _append_pending(self, entries: list[Entry]) -> Appended | None:
         statuses = list(self._statuses())
         worker, key = self.worker, self.worker.session_key(self.session_id)
-        terms = (worker.ttl, worker.id, worker.new_number(), self.room.half, len(statuses) // 2)
+        batch = worker.new_number()
+        terms = (worker.ttl, worker.id, batch, self._last_batch, self.room.half, len(statuses) // 2)
         notes = (value for entry in entries for value in (entry.note.task_id, entry.size, encoded(entry.note)))
         reply = await worker.link.run("append", key, *terms, *statuses, *notes, within=FOREVER)
-        if reply[0] == b"gone":
+        if reply[0] != b"ok":
+            worker.is_behind |= reply[0] == b"behind"
             return None
+        self._last_batch = batch
         _, version, unsent, told, first, others = reply
         self.room.update(version, unsent)
         foreign = others.decode().split(",") if others else []

@@ -48,9 +48,9 @@ detached. Then the worker is removed. A worker that finds its lease gone, for wh
 come back, and begins again under a new name. Appends of tasks that are not its own any more are refused. Where nobody
 could renew, it was Redis that was away: all leases are prolonged.
 
-Eras. Redis may come back with less than it had. Renewals are counted: whoever sees the count behind what it saw before
-begins a new era, in which none of the earlier sessions exists. So a client is told 404, and never gets other text under
-a number that it knows.
+Eras. Redis may come back with less than it had. Renewals are counted, and an append names the one before, a read what
+was read before: whoever finds that Redis is behind begins a new era, in which none of the earlier sessions exists. So a
+client is told 404, and never gets other text under a number that it knows.
 """
 
 from __future__ import annotations

@@ -190,6 +190,7 @@ class RedisSession:
         terms = (here.name, delivery.taken, delivery.position, room.half, delivery.most, self.worker.new_number())
         status, *reply = await self._run("take", *terms, within=FOREVER)
         if status != b"ok":
+            self.worker.is_behind |= status == b"behind"
             here.connection.close(TAKEN_OVER if status == b"other" else SERVICE_RESTART)
             return None
         version, unsent, waiting, found = reply

@@ -75,6 +75,8 @@ class Worker:
     id: str = attrs.field(factory=lambda: secrets.token_hex(6))
     era: str = ""
     is_over: bool = False
+    is_behind: bool = False
+    """Whether Redis was found to have less than it had: then another era has to begin."""
     sessions: WeakValueDictionary[str, Resident] = attrs.field(factory=WeakValueDictionary)
     _numbers: int = 0
     _renewed_at: float = attrs.field(factory=trio.current_time)
@@ -150,7 +152,7 @@ class Worker:
 
     async def _renew(self) -> list[str] | None:
         """Workers whose lease has run out; ``None`` where this one's has. Raises AwayError."""
-        terms = (int(LEASE * 1000), int(GRACE * 1000), self.era, self.seen, secrets.token_hex(4))
+        terms = (int(LEASE * 1000), int(GRACE * 1000), self.era, self.seen, secrets.token_hex(4), int(self.is_behind))
         era, *rest = await self.link.probe("renew", ROOT, self.id, *terms)
         if not rest:
             return None

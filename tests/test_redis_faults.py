@@ -365,6 +365,23 @@ async def test_when_redis_has_forgotten_something_no_session_of_before_exists(re
         assert await it.stores[2].get(session_id) is None
 
 
+async def test_when_redis_has_forgotten_only_the_latest_text_nothing_takes_its_number(redis: RedisServer) -> None:
+    go_on = trio.Event()
+    async with mortals(redis, [text("Hel"), fakes.wait(go_on), text("lo"), finish()]) as it:
+        socket, _ = await it.started(0)
+        life = it.stores[0].worker
+        key = life.session_key(socket.session_id)
+        redis.ask("HSET", key, "latest", "0", "total", "0")
+        redis.ask("HDEL", key, f"batch:{life.id}")
+        redis.ask("DEL", f"{key}:log")
+        go_on.set()
+        await socket.gone.wait()
+        assert (socket.close_code, socket.heard()) == (1012, [])
+        while not life.is_over or not all(map(is_ready, it.stores)):
+            await pause()
+        assert await it.stores[0].get(socket.session_id) is None
+
+
 # Replies that are lost, and copies of scripts that are run late
 
 

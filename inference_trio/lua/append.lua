@@ -1,13 +1,14 @@
--- ttl, worker, batch, half of the limit, number of statuses,
+-- ttl, worker, batch, the batch before that is known to be here, half of the limit, number of statuses,
 -- {task, status or nothing when it has ended}..., {task, size, note}...
--- -> 'ok', version, unsent, connection to tell, first number, tasks of others
-local ttl, worker, batch, half = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+-- -> 'ok', version, unsent, connection to tell, first number, tasks of others; or 'behind' where that batch is not here
+local ttl, worker, batch, half = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5])
 local before = s.latest
 local memory = 'batch:' .. worker
 local done, first, others = string.match(redis.call('HGET', key, memory) or '0 0 ', '^(%d+) (%d+) (.*)$')
+if tonumber(done) < tonumber(ARGV[4]) then return {'behind'} end
 local is_again = batch <= tonumber(done)
 if not is_again then
-    local notes = 6 + 2 * tonumber(ARGV[5])
+    local notes = 7 + 2 * tonumber(ARGV[6])
     local foreign, is_mine = {}, {}
     local function check(task)
         if is_mine[task] == nil then
@@ -20,7 +21,7 @@ if not is_again then
     for i = notes, #ARGV, 3 do
         if check(ARGV[i]) then add(ARGV[i + 2], tonumber(ARGV[i + 1])) end
     end
-    for i = 6, notes - 1, 2 do
+    for i = 7, notes - 1, 2 do
         local task, status = ARGV[i], ARGV[i + 1]
         if check(task) then
             if status == '' then remove(task) else set_status(task, status) end

@@ -1,5 +1,5 @@
 -- worker, lease, longest time between two renewals of anyone while Redis is there (ms), its era (or nothing, to join),
--- renewals seen, a name for the next era
+-- renewals seen, a name for the next era, '1' where Redis was found to have less than it had
 -- -> era, renewals, workers whose lease has run out; or 'lost' where this one's has
 local root = KEYS[1]
 local time = redis.call('TIME')
@@ -7,7 +7,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local worker, lease, DAY = ARGV[1], tonumber(ARGV[2]), 86400000
 local renewals = redis.call('HINCRBY', root, 'renewals', 1)
 local era = redis.call('HGET', root, 'era')
-if not era or renewals <= tonumber(ARGV[5]) then
+if not era or renewals <= tonumber(ARGV[5]) or (ARGV[7] == '1' and era == ARGV[4]) then
     -- Beyond what any other worker has seen, as there are fewer renewals than milliseconds: one era begins, not several.
     era, renewals = ARGV[6], math.max(now, tonumber(ARGV[5]) + 1000)
     redis.call('HSET', root, 'era', era, 'renewals', renewals)

@@ -1,9 +1,9 @@
 -- ttl, connection, what it has taken, after which number, half of the limit, bytes wanted, number of this call
--- -> 'ok', version, unsent, workers that wait for room, {seq, size, note, ...}
+-- -> 'ok', version, unsent, workers that wait for room, {seq, size, note, ...}; or why not
 local conn, taken, after, half = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local wanted, call = tonumber(ARGV[6]), tonumber(ARGV[7])
 if s.conn ~= conn then return {s.conn == '' and 'gone' or 'other'} end
-if after > s.latest then return {'gone'} end
+if after > s.latest then return {'behind'} end
 local last_of, last = string.match(redis.call('HGET', key, 'call') or '', '^(%S+) (%d+)$')
 local is_again = last_of == conn and tonumber(last) == call
 if last_of == conn and tonumber(last) > call then return {'late'} end
