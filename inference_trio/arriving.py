@@ -8,8 +8,8 @@ Nothing is queued elsewhere. Two rules keep it bounded:
   coming, but for the one that began first: that one comes to its end and makes room. Those that wait go on one at a
   time, in order.
 
-Somebody gives way, what it holds is dropped and so is its connection, where the first one has been the first for
-``patience`` seconds and others wait: it does; and where one has waited for ``longest_wait`` seconds: that one does.
+Two kinds give way, and then what they hold is dropped, and so is their connection: the first one, when it has been the
+first for ``patience`` seconds and others wait; and whoever has waited in vain for ``longest_wait`` seconds.
 So small ones always come through, large ones wait at most for those who hold up everybody, and a client that is alone
 never waits. Besides the limit a connection may hold `SMALL`, and what one read from its socket gives.
 """
