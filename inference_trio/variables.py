@@ -171,6 +171,8 @@ def store_url(text: str) -> Secret:
         is_redis = bool(url.scheme in {"redis", "rediss"} and url.hostname and url.port != 0)
     except ValueError:  # its brackets or its port are none
         is_redis = False
+    if "sentinel" in text.partition("://")[0] + text.partition("?")[2]:
+        raise _HiddenValueError("the address of a Redis, or one that leads to its primary: Sentinel is not supported")
     if text != MEMORY_STORE and not (is_redis and re.fullmatch("[!-~]+", text)):
         raise _HiddenValueError(f"{MEMORY_STORE}, or a URL such as redis://:password@host:6379/0 (rediss:// with TLS)")
     return Secret(text)

@@ -247,6 +247,15 @@ def test_a_wrong_store_is_refused_and_not_shown(text: str) -> None:
     assert "secret" not in message
 
 
+@pytest.mark.parametrize(
+    "text", ["redis+sentinel://:secret@host:26379/main", "redis://:secret@host:26379/0?sentinel=main"]
+)
+def test_a_sentinel_is_refused_as_such(text: str) -> None:
+    message = refusal(INFERENCE_STORE=text)
+    assert message.endswith("Sentinel is not supported")
+    assert "secret" not in message
+
+
 def test_the_stores_password_is_not_shown_with_the_settings() -> None:
     settings = load(INFERENCE_STORE="rediss://user:hid%40den@host:6380/2")
     assert "den" not in repr(settings)
