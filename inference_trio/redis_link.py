@@ -29,7 +29,7 @@ LOOK_INTERVAL = 0.5
 """Seconds between two looks whether Redis owes a reply."""
 
 LONGEST_DEBT = 6
-"""Looks for which it may owe one. More, and it counts as away."""
+"""Looks for which it may owe one; more, and it counts as away. Longer than `Link.messages` waits on purpose."""
 
 CONNECT_TIMEOUT = 3.0
 """Seconds until a connection is there."""

@@ -154,7 +154,7 @@ async def test_a_server_that_is_killed_costs_each_of_its_tasks_one_error_whateve
 async def test_a_server_whose_redis_is_away_says_that_it_is_not_ready(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_trio.redis_link.LOOK_INTERVAL", 0.1)
+    monkeypatch.setattr("inference_trio.redis_link.LOOK_INTERVAL", 0.25)  # what reads the inbox waits for 1 s
     async with open_upstream() as upstream, open_server(settings(upstream.base_url, store=Secret(redis.url))) as server:
         assert (await server.get("/readyz")).status_code == 200
         redis.pause()
