@@ -48,8 +48,6 @@ class Owner:
     requests_per_minute: int | None = None
     sessions: int = 0
     running: int = 0
-    held: int = 0
-    """Bytes that its sessions and running tasks hold, in a store in memory."""
     _spent: float = 0.0
     _spent_at: float = 0.0
 

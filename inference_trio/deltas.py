@@ -46,6 +46,12 @@ class Delta:
     usage: Usage | None = None
     opaque: AIMessageChunk | None = None
 
+    @property
+    def size(self) -> int:
+        """Characters that it adds to what the model has said."""
+        size = len(self.text) + len(self.reasoning)
+        return size + sum(len(call.arguments) for call in self.tool_calls) if self.tool_calls else size
+
 
 def mended(deltas: Iterable[Delta | None]) -> Iterator[Delta | None]:
     """The same deltas, but text that can be encoded."""

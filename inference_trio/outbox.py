@@ -12,7 +12,8 @@ one structure follow
   was once sent under a number never changes;
 - bounded memory, whatever the client does. Only the newest notification is kept whatever its size.
 
-All outboxes, and what else sessions hold, share one `Budget`. While it is exceeded an outbox keeps nothing for
+All outboxes, and what else sessions hold, share a `Budget`, where there are tokens within one for each of them. While
+it is exceeded an outbox keeps nothing for
 replay, and a producer waits as soon as anything is unsent: whoever reads goes on, whoever does not read waits until
 there is room, wherever that was made.
 
@@ -28,7 +29,14 @@ from contextlib import contextmanager
 import attrs
 import msgspec
 
+from .errors import InvalidParamsError, OverloadedError
 from .protocol import End, Error, ReasoningChunk, TaskNotification, TextChunk
+
+BYTES_PER_BYTE_OF_JSON = 3
+"""What a request holds while its task runs: its Python objects, LangChain's, and the body that is sent upstream."""
+
+RETRY_AFTER = 1.0
+"""Seconds after which a client refused for a limit may try again."""
 
 _OVERHEAD = 160
 """Bytes for a frame's envelope, the ids and the Python objects that hold an entry."""
@@ -36,7 +44,9 @@ _OVERHEAD = 160
 
 @attrs.define
 class Budget:
-    """Bytes that may be held in all places together, and that are. ``make_room`` is called while it is exceeded.
+    """Bytes that may be held in all places together, and that are. ``make_room`` is called while they are too many.
+
+    What is counted here counts in the ``whole`` too, and while that is exceeded, so is this.
 
     Who waits for room is woken one at a time, those who wait longest first; each of them wakes the next one when it
     goes on. So what the first ones put there is counted before many more are woken.
@@ -45,35 +55,94 @@ class Budget:
     limit: int
     make_room: Callable[[], None] = lambda: None
     used: int = 0
-    _queue: dict[object, Callable[[], object]] = attrs.field(factory=dict)
+    whole: Budget | None = None
+    queue: dict[object, tuple[Budget, Callable[[], object]]] = attrs.field(
+        default=attrs.Factory(lambda self: self.whole.queue if self.whole else {}, takes_self=True)
+    )
+    """Who waits for room, here or anywhere in the whole."""
 
     @property
     def is_exceeded(self) -> bool:
-        return self.used > self.limit
+        return self.used > self.limit or (self.whole is not None and self.whole.is_exceeded)
+
+    def check(self) -> None:
+        """Raises OverloadedError where it is exceeded."""
+        if self.is_exceeded:
+            whose = "this token" if self.whole and not self.whole.is_exceeded else "this server"
+            raise OverloadedError(f"The sessions of {whose} hold as much as they may", retry_after=RETRY_AFTER)
+
+    def hold(self, size: int) -> None:
+        """The same as `add`, but raises OverloadedError where that is too much; then nothing has changed."""
+        self.add(size)
+        try:
+            self.check()
+        except OverloadedError:
+            self.release(size)
+            raise
 
     def add(self, size: int) -> None:
         self.used += size
-        if self.is_exceeded:
+        if self.whole:
+            self.whole.add(size)
+        if self.used > self.limit:
             self.make_room()
 
     def release(self, size: int) -> None:
         self.used -= size
-        self._wake_next()
+        if self.whole:
+            self.whole.release(size)
+        else:
+            self._wake_next()
 
     @contextmanager
     def queueing(self, wake: Callable[[], object]) -> Iterator[None]:
         """To wait in for room: ``wake`` is called, at most once, when there is some."""
         place = object()
-        self._queue[place] = wake
+        self.queue[place] = self, wake
         try:
             yield
         finally:
-            self._queue.pop(place, None)
+            self.queue.pop(place, None)
             self._wake_next()
 
     def _wake_next(self) -> None:
-        if self._queue and not self.is_exceeded:
-            self._queue.pop(next(iter(self._queue)))()
+        if (self.whole or self).is_exceeded:
+            return
+        for place, (budget, wake) in self.queue.items():
+            if not budget.is_exceeded:
+                del self.queue[place]
+                wake()
+                return
+
+
+@attrs.define
+class Gathered:
+    """How much a task has gathered, in characters; ``limit`` is how much it may. The ``budget`` counts it in bytes."""
+
+    limit: int
+    budget: Budget
+    size: int = 0
+
+    @property
+    def is_too_much(self) -> bool:
+        return self.size > self.limit
+
+    def add(self, size: int) -> None:
+        self.size += size
+        self.budget.add(size * BYTES_PER_BYTE_OF_JSON)
+
+    def check(self, size: int) -> None:
+        """Raises InvalidParamsError where results of this size are too much, OverloadedError where there is no room."""
+        if self.size + size > self.limit:
+            left = max(0, self.limit - self.size)
+            raise InvalidParamsError(
+                f"Expected at most {left} characters, as the task has {self.size} already, got {size}"
+                " - at `params.results`"
+            )
+        self.budget.check()
+
+    def release(self) -> None:
+        self.budget.release(self.size * BYTES_PER_BYTE_OF_JSON)
 
 
 @attrs.define

@@ -12,12 +12,12 @@ import msgspec
 import trio
 
 from .errors import InferenceError, InvalidParamsError, NoSuchTaskError, OverloadedError
+from .outbox import RETRY_AFTER
 from .protocol import Accepted, TaskStatus, ToolResult
 from .redis_link import FOREVER
 from .redis_producer import Producer
 from .redis_worker import Message, Worker
 from .running import RunnersEnding, RunningTasks, no_such_task
-from .session import RETRY_AFTER
 from .task import TaskState
 
 CHECK_INTERVAL = 2.0

@@ -8,10 +8,9 @@ import attrs
 
 from .access import Owner
 from .errors import OverloadedError
-from .outbox import Budget
+from .outbox import RETRY_AFTER, Budget
 from .redis_link import FOREVER
 from .redis_worker import Worker
-from .session import RETRY_AFTER
 from .settings import Settings
 from .store import too_many
 
@@ -43,13 +42,6 @@ class Limits:
         """Raises OverloadedError where the owner asks for too much in a minute."""
         reply = await worker.link.run("spend", worker.for_all, name_of(owner), _limit(owner.requests_per_minute))
         _check(reply, "requests", 0, 0, owner)
-
-    def hold(self, size: int) -> None:
-        """Counts bytes. Raises OverloadedError where they are too many."""
-        self.budget.add(size)
-        if self.budget.is_exceeded:
-            self.budget.release(size)
-            raise OverloadedError("The sessions of this server hold as much as they may", retry_after=RETRY_AFTER)
 
 
 def name_of(owner: Owner) -> str:

@@ -16,6 +16,7 @@ from .access import TICKET_LIFETIME, Owner, Ticket, digest
 from .chat import JsonObject
 from .errors import InvalidParamsError, NoSuchSessionError, OverloadedError
 from .jsonrpc import Call
+from .outbox import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER
 from .protocol import Accepted, Draining, Generate, Resumed, Started, TaskStatus, ToolResult
 from .redis_calls import Calls, Ending, taken_over
 from .redis_delivery import Delivery, Ready, ready
@@ -26,7 +27,7 @@ from .redis_worker import Message, Worker
 from .report import Observer
 from .runner import Model, Runner
 from .running import RunningTasks
-from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, TAKEN_OVER, Attachment
+from .session import TAKEN_OVER, Attachment
 from .settings import Settings
 from .store import SERVICE_RESTART, too_many
 
@@ -233,7 +234,7 @@ class RedisSession:
             raise OverloadedError("The notifications of this session are not read", retry_after=RETRY_AFTER)
         runner = self.tasks.prepare(call, params, self.tools)
         size = call.size * BYTES_PER_BYTE_OF_JSON
-        self.store.limits.hold(size)
+        self.store.limits.budget.hold(size)
         try:
             await self._register(runner, here.name)
         except BaseException:

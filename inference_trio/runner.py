@@ -30,6 +30,7 @@ from .errors import (
 )
 from .logs import log_context
 from .messages import Conversed, ModelRequest, RoundAccumulator
+from .outbox import Budget, Gathered
 from .protocol import Error, TaskNotification
 from .report import FailedAttempt, Observer, TaskReport, Timeline
 from .settings import Settings
@@ -53,6 +54,9 @@ LONGEST_WAIT = 60.0
 LAST_CHUNKS_TIMEOUT = 5.0
 """Seconds between chunks once the model has said why it stopped: only the usage is still to come."""
 
+MESSAGES_GATHERED = 4
+"""How many messages of the largest size a task may gather: what its model says, and the results of tools."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +74,10 @@ class Sink(Protocol):
     """Where notifications go."""
 
     @property
+    def budget(self) -> Budget:
+        """Where what the task holds is counted."""
+
+    @property
     def is_full(self) -> bool:
         """Whether text must not be appended before `wait_for_room` has returned."""
 
@@ -77,6 +85,10 @@ class Sink(Protocol):
 
     async def wait_for_room(self) -> None:
         """Returns when more may be appended."""
+
+
+def _gathered(runner: Runner) -> Gathered:
+    return Gathered(MESSAGES_GATHERED * runner.settings.max_message_bytes, runner.sink.budget)
 
 
 @attrs.define(eq=False)
@@ -96,6 +108,7 @@ class Runner:
     traceparent: str | None = None
     ended: trio.Event = attrs.field(factory=trio.Event)
 
+    _gathered: Gathered = attrs.field(default=attrs.Factory(_gathered, takes_self=True))
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _results_came: trio.Event = attrs.field(factory=trio.Event)
     _messages: list[Conversed] = attrs.field(factory=list)
@@ -110,11 +123,18 @@ class Runner:
         self._scope.cancel()
 
     def give_results(self, outcomes: tuple[ToolOutcome, ...]) -> None:
-        """Raises NoSuchTaskError where the task waits for no tools, InvalidParamsError for a call not outstanding."""
+        """Raises NoSuchTaskError where the task waits for no tools, InvalidParamsError for a call not outstanding.
+
+        Where there is no room for them, it raises InvalidParamsError for more than a task may gather, OverloadedError
+        for more than sessions may hold.
+        """
+        size = sum(len(outcome.content) for outcome in outcomes)
+        self._gathered.check(size)
         try:
             self._apply(ToolResultsReceived(outcomes))
         except IllegalTransitionError as error:
             raise NoSuchTaskError(f"Task {self.task.id} is {self.task.state.value} and waits for no tools") from error
+        self._gathered.add(size)
         self._timeline.end_tool_waits(trio.current_time(), [outcome.call_id for outcome in outcomes])
         self._results_came.set()
 
@@ -132,6 +152,7 @@ class Runner:
             finally:
                 if not self.task.has_ended:
                     self._apply(CancelRequested())
+                self._gathered.release()
                 self.ended.set()
                 self._tell_end()
 
@@ -178,10 +199,10 @@ class Runner:
                 self._has_begun = True
                 self._timeline.begin_answer(trio.current_time())
             accumulator.add(delta)
-            if delta.reasoning:
-                self._apply(ReasoningReceived(delta.reasoning, delta.reasoning_field))
-            if delta.text:
-                self._apply(TextReceived(delta.text))
+            self._say(delta)
+            if self._gathered.is_too_much:
+                accumulator.finish_reason = "length"
+                scope.cancel()
             if self.sink.is_full:
                 scope.deadline = math.inf
                 await self.sink.wait_for_room()
@@ -245,6 +266,13 @@ class Runner:
             raise ToolTimeoutError(f"No result came within {limit:g} s", outstanding=self.task.outstanding)
 
     # What happened
+
+    def _say(self, delta: Delta) -> None:
+        self._gathered.add(delta.size)
+        if delta.reasoning:
+            self._apply(ReasoningReceived(delta.reasoning, delta.reasoning_field))
+        if delta.text:
+            self._apply(TextReceived(delta.text))
 
     def _apply(self, event: Event) -> None:
         for note in self.task.apply(event):

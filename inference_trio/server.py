@@ -51,10 +51,10 @@ from .jsonrpc import convert, encode, loads
 from .local_model import embedded_model, find_weights
 from .metrics import Metrics
 from .model import ChatModel, build_model
+from .outbox import RETRY_AFTER
 from .process import leave, raise_file_limit, watch_signals
 from .protocol import Created, CreateSession, NewTicket
 from .runner import Model
-from .session import RETRY_AFTER
 from .settings import Settings, environment_warnings
 from .store import CLOSING_TIME
 from .stores import Session, Store, check_store, open_store

@@ -21,7 +21,7 @@ from .access import Owner, Ticket
 from .chat import JsonObject
 from .errors import InvalidParamsError, OverloadedError
 from .jsonrpc import Call
-from .outbox import Entry, Outbox, Replay
+from .outbox import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Budget, Entry, Outbox, Replay
 from .protocol import Accepted, Draining, Generate, Notification, Resumed, Started, TaskNotification, ToolResult
 from .report import Observer
 from .runner import Model, Runner
@@ -30,12 +30,6 @@ from .settings import Settings
 
 TAKEN_OVER = 4409
 """WebSocket close code for a connection whose session was taken over by a newer one."""
-
-BYTES_PER_BYTE_OF_JSON = 3
-"""What a request holds while its task runs: its Python objects, LangChain's, and the body that is sent upstream."""
-
-RETRY_AFTER = 1.0
-"""Seconds after which a client refused for a limit may try again."""
 
 
 class Attachment(Protocol):
@@ -170,6 +164,10 @@ class Session:
     @property
     def is_full(self) -> bool:
         return self.outbox.is_full
+
+    @property
+    def budget(self) -> Budget:
+        return self.outbox.budget
 
     async def settle(self) -> None:
         """Nothing: what the tasks have told is in the outbox at once."""

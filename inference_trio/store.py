@@ -2,15 +2,17 @@
 
 A session with neither a connection nor a task is idle, and ends when it was idle for too long. Where all together
 hold too much, those idle longest first keep nothing but their newest notification (a connection that comes back
-is told of the gap), sessions in use keep nothing for replay, and what is new is refused.
+is told of the gap), sessions in use keep nothing for replay, and what is new is refused. The same goes for those of
+one token, which may hold half of what all may: so there is some left for the others.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import attrs
@@ -19,12 +21,12 @@ import trio
 
 from .access import Owner
 from .errors import OverloadedError
-from .outbox import Budget, Outbox
+from .outbox import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Budget, Outbox
 from .protocol import CreateSession, Draining
 from .report import Census, Observer
 from .runner import Model
 from .running import RunnersEnding, RunningTasks
-from .session import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER, Attachment, Session
+from .session import Attachment, Session
 from .settings import Settings
 from .task import TaskState
 
@@ -61,10 +63,12 @@ class SessionStore:
     drains_until: float | None = None
     """When the tasks that still run are cancelled, on Trio's clock, once the server is stopping."""
 
+    _budgets: dict[Owner, Budget] = attrs.field(factory=dict)
+    """Of those that have a token."""
     _sessions: dict[str, Session] = attrs.field(factory=dict)
     _idle: OrderedDict[str, Session] = attrs.field(factory=OrderedDict)
     """Those longest idle first."""
-    _replayable: OrderedDict[str, Session] = attrs.field(factory=OrderedDict)
+    _replayable: defaultdict[Owner, OrderedDict[str, Session]] = attrs.field(factory=lambda: defaultdict(OrderedDict))
     """Of the idle ones, those that were not made to give up what they kept, in the same order."""
 
     def __len__(self) -> int:
@@ -85,9 +89,9 @@ class SessionStore:
             resume_window=resume_window(self.settings, params),
             size=_SESSION_BYTES + BYTES_PER_BYTE_OF_JSON * len(msgspec.json.encode(tools)),
             store=self,
-            outbox=Outbox(self.settings.outbox_bytes, self.budget),
+            outbox=Outbox(self.settings.outbox_bytes, self.budget_of(owner)),
         )
-        self._hold(owner, session.size)
+        session.budget.hold(session.size)
         owner.sessions += 1
         self._sessions[session.id] = session
         self.touch(session)
@@ -104,7 +108,7 @@ class SessionStore:
     def touch(self, session: Session) -> None:
         """The session was in use until now."""
         session.last_used = trio.current_time()
-        for sessions in (self._idle, self._replayable):
+        for sessions in (self._idle, self._replayable[session.owner]):
             sessions.pop(session.id, None)
             if session.is_idle:
                 sessions[session.id] = session
@@ -121,33 +125,32 @@ class SessionStore:
         _check_count("tasks", owner.running, owner.max_tasks, "of this token")
         _check_count("tasks", self.running, settings.max_tasks, "on the server")
         owner.spend_request(trio.current_time())
-        self._hold(owner, size)
+        session.budget.hold(size)
         owner.running += 1
         self.running += 1
 
     def dismiss_task(self, session: Session, size: int) -> None:
         """The task has ended."""
-        self.budget.release(size)
-        session.owner.held -= size
+        session.budget.release(size)
         session.owner.running -= 1
         self.running -= 1
         self.touch(session)
 
-    def _hold(self, owner: Owner, size: int) -> None:
-        """One of several owners may hold half of what all may, so that there is some left for the others."""
-        if owner.name is not None and owner.held + size > self.budget.limit // 2:
-            raise OverloadedError("The sessions of this token hold as much as they may", retry_after=RETRY_AFTER)
-        self.budget.add(size)
-        if self.budget.is_exceeded:
-            self.budget.release(size)
-            raise OverloadedError("The sessions of this server hold as much as they may", retry_after=RETRY_AFTER)
-        owner.held += size
+    def budget_of(self, owner: Owner) -> Budget:
+        if owner.name is None:
+            return self.budget
+        if owner not in self._budgets:
+            make_room = partial(self.make_room, owner)
+            self._budgets[owner] = Budget(self.budget.limit // 2, make_room, whole=self.budget)
+        return self._budgets[owner]
 
-    def make_room(self) -> None:
-        """Brings what sessions hold within the limit, as far as that takes nothing from those in use."""
-        while self.budget.is_exceeded and self._replayable:
-            _, session = self._replayable.popitem(last=False)
-            session.outbox.shrink()
+    def make_room(self, owner: Owner | None = None) -> None:
+        """Brings what all sessions hold, or the owner's, within the limit, but takes nothing from those in use."""
+        budget = self.budget_of(owner) if owner else self.budget
+        candidates = [self._replayable[owner]] if owner else list(self._replayable.values())
+        while budget.used > budget.limit and (candidates := [sessions for sessions in candidates if sessions]):
+            longest_idle = min(candidates, key=lambda sessions: next(iter(sessions.values())).last_used)
+            longest_idle.popitem(last=False)[1].outbox.shrink()
 
     async def watch_expiry(self) -> None:
         """Ends sessions as they expire, also where nobody asks for any; for ever."""
@@ -165,10 +168,9 @@ class SessionStore:
 
     def _end(self, session: Session) -> None:
         del self._sessions[session.id], self._idle[session.id]
-        self._replayable.pop(session.id, None)
+        self._replayable[session.owner].pop(session.id, None)
         session.owner.sessions -= 1
-        session.owner.held -= session.size
-        self.budget.release(session.size + session.outbox.size)
+        session.budget.release(session.size + session.outbox.size)
 
     def census(self) -> Census:
         sessions = list(self._sessions.values())

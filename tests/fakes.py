@@ -15,6 +15,7 @@ from inference_trio.chat import Tool
 from inference_trio.deltas import Delta, ToolCallDelta
 from inference_trio.errors import InferenceError
 from inference_trio.messages import ModelRequest
+from inference_trio.outbox import Budget
 from inference_trio.protocol import TaskNotification, Usage
 from inference_trio.settings import Settings
 
@@ -116,6 +117,7 @@ class FakeSink:
 
     def __init__(self) -> None:
         self.notes: list[TaskNotification] = []
+        self.budget = Budget(2**30)
         self.room = trio.Event()
         self.room.set()
 

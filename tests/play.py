@@ -19,8 +19,9 @@ import trio.testing
 from inference_trio.deltas import Delta, ToolCallDelta
 from inference_trio.errors import UpstreamError
 from inference_trio.messages import ModelRequest
+from inference_trio.outbox import BYTES_PER_BYTE_OF_JSON
 from inference_trio.protocol import CreateSession
-from inference_trio.session import BYTES_PER_BYTE_OF_JSON, TAKEN_OVER, Session
+from inference_trio.session import TAKEN_OVER, Session
 from inference_trio.settings import Settings
 from inference_trio.store import SessionStore
 
@@ -439,6 +440,8 @@ class Play:
     def _check_counts(self) -> None:
         sessions = self.store._sessions.values()
         held = sum(session.size + session.outbox.size for session in sessions)
+        runners = [runner for session in sessions for runner in session.runners.values()]
+        held += BYTES_PER_BYTE_OF_JSON * sum(runner._gathered.size for runner in runners)
         assert self.store.budget.used == held + sum(story.size for _, story in self.running)
         assert self.store.running == self.bench.owner.running == len(self.running)
         assert self.bench.owner.sessions == len(self.store)

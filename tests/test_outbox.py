@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from inference_trio.errors import OverloadedError
 from inference_trio.outbox import Budget, Outbox, Replay, _size_of
 from inference_trio.protocol import End, Error, FunctionCallRequest, ReasoningChunk, TaskNotification, TextChunk
 
@@ -396,6 +397,51 @@ def test_who_gives_up_waiting_is_not_woken() -> None:
         pass
     budget.release(1)
     assert woken == []
+
+
+def test_what_is_counted_in_a_part_is_counted_in_the_whole() -> None:
+    whole = Budget(limit=100)
+    one, other = Budget(limit=50, whole=whole), Budget(limit=50, whole=whole)
+    one.add(51)
+    assert (whole.used, one.is_exceeded, other.is_exceeded, whole.is_exceeded) == (51, True, False, False)
+    with pytest.raises(OverloadedError, match="sessions of this token hold"):
+        one.hold(1)
+    other.hold(49)
+    with pytest.raises(OverloadedError, match="sessions of this server hold"):
+        other.hold(1)
+    assert (one.used, other.used, whole.used) == (51, 49, 100)
+    other.add(1)
+    assert other.is_exceeded, "as the whole is"
+    one.release(51)
+    assert (other.is_exceeded, whole.used) == (False, 50)
+
+
+def test_whose_own_part_is_exceeded_waits_on_without_holding_up_others() -> None:
+    whole, woken = Budget(limit=100), []
+    one, other = Budget(limit=50, whole=whole), Budget(limit=50, whole=whole)
+    one.add(60)
+    other.add(41)
+    with one.queueing(partial(woken.append, "one")), other.queueing(partial(woken.append, "other")):
+        whole.release(0)
+        assert woken == [], "the whole is exceeded"
+        other.release(1)
+        assert woken == ["other"]
+        one.release(9)
+        assert woken == ["other"]
+        one.release(1)
+        assert woken == ["other", "one"]
+
+
+def test_a_part_makes_room_only_for_itself() -> None:
+    made = []
+    whole = Budget(limit=100, make_room=partial(made.append, "whole"))
+    part = Budget(limit=50, make_room=partial(made.append, "part"), whole=whole)
+    part.add(50)
+    assert made == []
+    part.add(1)
+    assert made == ["part"]
+    whole.add(50)
+    assert made == ["part", "whole"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])

@@ -407,3 +407,37 @@ async def test_parameters_of_tools_need_tools() -> None:
     parameters = {"tool_choice": "auto", "parallel_tool_calls": False, "seed": 1}
     runner = await run([text("x"), finish()], tools=[], parameters=parameters)
     assert runner.model.requests[0].parameters == {"seed": 1}
+
+
+# How much a task may gather
+
+
+async def test_a_model_that_does_not_stop_is_stopped() -> None:
+    model = FakeModel([text("x" * 1000), reasoning("y" * 2999), text("z"), text("!"), hang])
+    runner = make_runner(model, max_message_bytes=1000)
+    with trio.fail_after(5):
+        await runner.run()
+    assert (last(runner).status_message, last(runner).finish_reason) == ("length", "length")
+    assert last(runner).final_text == "x" * 1000 + "z!"
+    assert model.streaming == 0
+    assert runner.sink.budget.used == 0
+
+
+async def test_a_call_that_does_not_end_is_none() -> None:
+    model = FakeModel([text("so"), tool_call("c1", "look", '{"at": "' + "x" * 4000), hang])
+    runner = make_runner(model, max_message_bytes=1000)
+    with trio.fail_after(5):
+        await runner.run()
+    assert (kinds(runner), last(runner).status_message) == ([TextChunk, End], "length")
+
+
+async def test_results_that_are_too_much_are_refused_and_smaller_ones_taken() -> None:
+    model = FakeModel([tool_call("c1", "look", "{}"), finish("tool_calls")], [text("done"), finish()])
+    runner = make_runner(model, max_message_bytes=1000)
+    async with running(runner):
+        with pytest.raises(InvalidParamsError, match="at most 3998 characters, as the task has 2 already, got 3999"):
+            runner.give_results((ToolOutcome("c1", "r" * 3999),))
+        assert runner.task.outstanding == ["c1"]
+        runner.give_results((ToolOutcome("c1", "r" * 3000),))
+    assert last(runner).final_text == "done"
+    assert runner.sink.budget.used == 0

@@ -13,7 +13,7 @@ from inference_trio.errors import OverloadedError
 from inference_trio.protocol import CreateSession
 
 from . import fakes
-from .fakes import finish, hang, text
+from .fakes import finish, hang, text, tool_call
 from .test_connection import Bench, bench, numbers, text_of, transcript
 
 KB = 1024
@@ -82,11 +82,11 @@ async def test_the_messages_of_a_task_are_held_until_it_ends() -> None:
 
 
 async def test_those_longest_idle_keep_their_newest_notification_only() -> None:
-    async with bench(long_answer(10), memory_bytes=125 * KB) as it:
+    async with bench(long_answer(10), memory_bytes=155 * KB) as it:
         sessions = [it.create() for _ in range(4)]
         for session in sessions:
             await generated(it, session)
-        assert it.store.budget.used <= 125 * KB
+        assert it.store.budget.used <= 155 * KB
         kept = [session.outbox.latest_seq - session.outbox.oldest_seq + 1 for session in sessions]
         assert kept[0] == 1, "the first was idle longest"
         assert kept[-1] > 1, "the last is still whole"
@@ -132,10 +132,10 @@ async def test_over_the_limit_a_reader_still_gets_everything() -> None:
 
 async def test_models_that_wait_for_room_go_on_when_others_have_made_some() -> None:
     answers = [long_answer(40), long_answer(40)]
-    async with bench([hang], *answers, memory_bytes=200 * KB, outbox_bytes=1024 * KB) as it:
+    async with bench([hang], *answers, memory_bytes=620 * KB, outbox_bytes=1024 * KB) as it:
         hog, waiting = it.create(), [it.create() for _ in answers]
         holder = it.connect(hog)
-        holder.call("generate", {"message": "m" * 55 * KB})
+        holder.call("generate", {"message": "m" * 180 * KB})
         await holder.hear()
         for session in waiting:
             it.connect(session, outgoing=1).call("generate", {"message": "hi"})
@@ -173,11 +173,60 @@ async def test_one_token_cannot_hold_what_is_meant_for_all() -> None:
         with pytest.raises(OverloadedError, match="this token hold as much"):
             await it.store.create(params, alice)
         session = await it.store.create(params, bob)
-        held = bob.held
+        held = it.store.budget_of(bob).used
         socket = it.connect(session)
         socket.call("generate", {"message": "m" * 10 * KB})
         assert "result" in await socket.hear()
-        assert bob.held > held + 30 * KB
+        assert it.store.budget_of(bob).used > held + 30 * KB
         await (await session.cancel(None)).ended()
         await trio.testing.wait_all_tasks_blocked()
-        assert bob.held == held
+        assert it.store.budget_of(bob).used == held + session.outbox.size
+
+
+async def test_what_one_token_leaves_unread_for_replay_is_its_own_affair(autojump_clock: Any) -> None:
+    async with bench(*[long_answer(10)] * 8, memory_bytes=320 * KB) as it:
+        alice, bob = Owner("alice"), Owner("bob")
+        sessions = [await it.store.create(CreateSession(), alice) for _ in range(5)]
+        others = [await it.store.create(CreateSession(), bob) for _ in range(2)]
+        for session in (others[0], *sessions):
+            await generated(it, session)
+        assert it.store.budget_of(alice).used <= 160 * KB
+        kept = [session.outbox.latest_seq - session.outbox.oldest_seq + 1 for session in (*sessions, others[0])]
+        assert kept[0] == 1, "the first of hers was idle longest"
+        assert kept[-1] > 1, "of what another token left nothing is given up for hers"
+        large = CreateSession(tools=[fakes.tool({"name": "look", "description": "d" * 30 * KB})])
+        with pytest.raises(OverloadedError, match="this token hold"):
+            await it.store.create(large, alice)
+        assert len(await generated(it, others[1])) > 1, "there is room for the other"
+
+
+async def test_results_of_tools_are_held_until_the_task_ends() -> None:
+    calls = [tool_call(name, "look", "{}", index) for index, name in enumerate("abc")]
+    tools = [fakes.tool({"name": "look"})]
+    async with bench([*calls, finish("tool_calls")], memory_bytes=400 * KB) as it:
+        session = it.create(tools=tools)
+        before = it.store.budget.used
+        socket = it.connect(session)
+        socket.call("generate", {"message": "hi"})
+        task_id = (await socket.hear())["result"]["task_id"]
+        for _ in calls:
+            await socket.hear()
+
+        def give(name: str, size: int) -> None:
+            result = {"tool_call_id": name, "result": "r" * size}
+            socket.call("tool_result", {"task_id": task_id, "results": [result]})
+
+        give("a", 140 * KB)
+        assert (await socket.hear())["result"]["outstanding"] == ["b", "c"]
+        assert it.store.budget.used > before + 420 * KB
+        give("b", 1)
+        refusal = (await socket.hear())["error"]
+        assert (refusal["code"], refusal["message"]) == (
+            -32005,
+            "The sessions of this server hold as much as they may",
+        )
+        with pytest.raises(OverloadedError, match="hold as much"):
+            it.create()
+        await (await session.cancel(None)).ended()
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.store.budget.used == before + session.outbox.size
