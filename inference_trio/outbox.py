@@ -147,7 +147,7 @@ class Gathered:
 
 @attrs.define
 class Entry:
-    """A notification under its number. ``more`` is text that came for it later; once it was sent, none is added."""
+    """A notification under its number. ``more`` is text that came for it later, until the cursor passed it."""
 
     seq: int
     note: TaskNotification
@@ -179,7 +179,8 @@ class Outbox:
     limit: int
     budget: Budget
     latest_seq: int = 0
-    _sent: deque[Entry] = attrs.field(factory=deque)
+    _sent: deque[TaskNotification] = attrs.field(factory=deque)
+    """Without their numbers and sizes, which can be told from the rest: of tokens there are very many."""
     _unsent: deque[Entry] = attrs.field(factory=deque)
     _sent_bytes: int = 0
     _unsent_bytes: int = 0
@@ -231,11 +232,7 @@ class Outbox:
 
     def take(self) -> Entry | None:
         """The next notification to be sent, if there is one; it counts as sent from now on."""
-        if not self._unsent:
-            return None
-        entry = self._advance()
-        entry.seal()
-        return entry
+        return self._advance() if self._unsent else None
 
     def rewind(self, after: int) -> Replay:
         """Moves the cursor, so that what is kept under numbers above ``after`` is taken next.
@@ -245,19 +242,21 @@ class Outbox:
         if not 0 <= after <= self.latest_seq:
             raise ValueError(f"Expected a number from 0 to {self.latest_seq}")
         replay = Replay(after, self.oldest_seq, self.latest_seq, gap=after < self.oldest_seq - 1)
-        while self._sent and self._sent[-1].seq > after:
-            entry = self._sent.pop()
-            self._sent_bytes -= entry.size
-            self._unsent.appendleft(entry)
-            self._unsent_bytes += entry.size
+        while self._sent and (seq := self.latest_seq - len(self._unsent)) > after:
+            note = self._sent.pop()
+            size = _size_of(note)
+            self._sent_bytes -= size
+            self._unsent.appendleft(Entry(seq, note, size, was_sent=True))
+            self._unsent_bytes += size
         while self._unsent and self._unsent[0].seq <= after:
             self._advance()
         return replay
 
     def _advance(self) -> Entry:
         entry = self._unsent.popleft()
+        entry.seal()
         self._unsent_bytes -= entry.size
-        self._sent.append(entry)
+        self._sent.append(entry.note)
         self._sent_bytes += entry.size
         self._forget()
         return entry
@@ -272,8 +271,8 @@ class Outbox:
         self._forget_while(lambda: self._sent_bytes > self.limit // 2 or self.budget.is_exceeded)
 
     def _forget_while(self, is_too_much: Callable[[], bool]) -> None:
-        while self._sent and self._sent[0].seq < self.latest_seq and is_too_much():
-            size = self._sent.popleft().size
+        while self._sent and self.oldest_seq < self.latest_seq and is_too_much():
+            size = _size_of(self._sent.popleft())
             self._sent_bytes -= size
             self.budget.release(size)
 
