@@ -242,7 +242,7 @@ def _import_seconds(module: str) -> float:
 
 
 async def workers_at_once(bench: Bench) -> Row:
-    return await _workers(bench, "50 streams × 500 tokens, all at once", Plan(500), 50)
+    return await _workers(bench, "50 streams × 2000 tokens, all at once", Plan(2000), 50)
 
 
 async def workers_paced(bench: Bench) -> Row:
