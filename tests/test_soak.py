@@ -14,7 +14,7 @@ import pytest
 from tests.soak import soak
 
 SEED = int(os.environ.get("SOAK_SEED") or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
-MINUTES = float(os.environ.get("SOAK_MINUTES") or 0.5)
+MINUTES = float(os.environ.get("SOAK_MINUTES") or 1)
 RATE = 5.0  # visits a second, for there are other tests beside it
 
 
