@@ -31,13 +31,20 @@ def markdown(rows: Sequence[Row], curves: Sequence[Curve], kinds: Sequence[Kind]
         cells = [row.cells.get(kind.name, "") for kind in kinds]
         text += _line([row.title, "; ".join(row.ratios), *cells])
     if curves:
-        text += "\n## Growth\n"
+        text += "\n## Growth\n\n" + _GROWTH
     for curve in curves:
         text += f"\n{curve.title}:\n\n" + _table([curve.size, *curve.values])
         for size, values in curve.points:
             text += _line([f"{size:,}", *(f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values)])
     text += "\n## Versions\n\n"
     return text + "".join(f"- {kind.title}: {kind.versions()}\n" for kind in kinds)
+
+
+_GROWTH = """\
+Text that waits is merged, so a token costs less where there are more of them. Lag is that of a core with time to
+spare as long as µs/token × tokens/s is less than a second; beyond that each round of the event loop takes as long as
+all its streams together. The longest stream is a single one, whose `end` has the whole text twice.
+"""
 
 
 def _machine() -> str:
