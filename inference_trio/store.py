@@ -184,7 +184,9 @@ class SessionStore:
         """
         limit = self.settings.drain_seconds
         self.drains_until = trio.current_time() + limit
-        await wind_down(lambda: list(self._sessions.values()), limit)
+        cut = await wind_down(lambda: list(self._sessions.values()), limit)
+        if cut:
+            logger.warning("connections that had not taken all that was sent, and are cut now: %d", cut)
         if lost := sum(session.outbox.unsent_ends for session in self._sessions.values()):
             logger.warning("tasks whose end no client has fetched, and which is lost now: %d", lost)
 
@@ -215,10 +217,11 @@ class InUse(Protocol):
         """Returns when what the tasks here have told is where a connection takes it."""
 
 
-async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float) -> None:
+async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float) -> int:
     """Lets the tasks end within ``limit`` seconds, cancels the rest, and closes the connections.
 
-    A connection is closed when it has sent all there is; for that, too, there is time up to the limit.
+    A connection is closed when it has sent all there is; for that, too, there is time up to the limit. Returns how
+    many have not come to that.
     """
     deadline = trio.current_time() + limit
     for connection in _connections(sessions()):
@@ -230,7 +233,7 @@ async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float) -> No
     with trio.move_on_at(max(deadline, trio.current_time()) + CLOSING_TIME):
         for connection in _close_all(sessions()):
             await connection.closed.wait()
-    _close_all(sessions())  # those that came meanwhile
+    return len(_close_all(sessions()))  # with those that came meanwhile
 
 
 async def _wait_for_tasks(sessions: Callable[[], Sequence[InUse]], limit: float) -> None:
