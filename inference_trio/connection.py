@@ -152,7 +152,7 @@ class Connection:
             try:
                 self._send_at_once()
             except Exception as error:  # it is this connection's, not that of whoever has something to tell
-                self._defect = error
+                self._defect, self._is_asleep = error, False  # nothing is to be sent after what is lost now
                 self._awake.set()
 
     def tell(self, note: Notification) -> None:

@@ -482,10 +482,18 @@ async def test_a_defect_in_sending_closes_it_with_1011_and_leaves_the_task_alone
         session = it.create()
         socket = it.connect(session)
         await trio.testing.wait_all_tasks_blocked()
-        monkeypatch.setattr(FakeWebSocket, "send_at_once", None)
-        session.append(TextChunk(task_id="t", chunk="x"))
+        tried: list[str] = []
+
+        def fail_once(self: FakeWebSocket, text: str) -> None:
+            tried.append(text)
+            if len(tried) == 1:
+                raise RuntimeError("defect")
+
+        monkeypatch.setattr(FakeWebSocket, "send_at_once", fail_once)
+        session.append(TextChunk(task_id="t", chunk="lost"))
+        session.append(TextChunk(task_id="t", chunk="would hide the loss from who resumes after it"))
         await socket.gone.wait()
-        assert socket.close_code == 1011
+        assert (socket.close_code, len(tried)) == (1011, 1)
         assert "defect in a connection" in caplog.text
 
 
