@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,12 @@ class Outcome:
     @property
     def cpu_per_token(self) -> float:
         """Microseconds; infinite where not every stream was right."""
-        return float("inf") if self.errors or not self.tokens else self.cpu / self.tokens * 1e6
+        return self.cpu / self.tokens * 1e6 if self.tokens else math.inf
+
+    def spoil(self) -> None:
+        """Makes all that was measured worthless, as not every stream was right."""
+        self.cpu = self.peak = math.inf
+        self.first, self.lags = [math.inf], [math.inf]
 
     @property
     def rate(self) -> float:

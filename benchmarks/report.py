@@ -13,9 +13,12 @@ from benchmarks.servers import Kind
 _INTRODUCTION = """# Benchmarks
 
 Made on {date} by `uv run python -m benchmarks`: {machine}, Python {python}. The server under test has one core to
-itself; the load and a mock of the provider, which tells when it sent each token, share the others. All numbers are from
-one run, in which the servers took turns. Every transcript was checked, token by token. CPU time is that of all
-the server's processes, from the operating system.
+itself (the two workers share it, which is why their CPU time is compared); the load and a mock of the provider, which
+tells when it sent each token, share the others. All numbers are from one run. Streams all at once ran three times and
+generations started together five times, the servers taking turns, everything else once; LiteLLM and LangServe always
+once, and with two thirds of the tokens where those are paced, as have the others than ours of 1000 streams. Lag is that
+of tokens sent after all streams had started. Every transcript was checked, token by token. CPU time is that of all the
+server's processes, from the operating system.
 
 ![CPU per token](benchmarks.svg)
 

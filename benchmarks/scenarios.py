@@ -69,6 +69,8 @@ class Bench:
         with server.awake():
             outcome = await load.run(server, plan, count, **options)
         wrong = f", {len(outcome.errors)} WRONG: {outcome.errors[0][:200]}" if outcome.errors else ""
+        if outcome.errors:
+            outcome.spoil()
         print(f"  {server.kind.name}: {count} × {plan}: {outcome.cpu_per_token:.1f} µs/token{wrong}", flush=True)
         return outcome
 
@@ -98,6 +100,8 @@ def _part(values: dict[str, float], other: Kind, goal: float) -> list[str]:
     """Ours as a part of another one's."""
     if OURS.name not in values or other.name not in values:
         return []
+    if not all(map(math.isfinite, (values[OURS.name], values[other.name]))):
+        return [f"not to be compared with {other.title}: streams were wrong"]
     ratio = values[OURS.name] / values[other.name]
     shown, wanted = (f"1/{1 / ratio:.1f}", f"1/{1 / goal:g}") if ratio < 0.4 else (f"{ratio:.2f}", f"{goal:g}")
     return [f"**{shown}** of {other.title} (at most {wanted}){_verdict(ratio <= goal)}"]
@@ -199,7 +203,7 @@ async def cancel(bench: Bench) -> Row:
 
 
 async def _cancel_delays(server: Server, upstream_port: int) -> list[float]:
-    """Seconds; infinite where the upstream was still open a second after the last cancel."""
+    """Seconds; infinite where the upstream was still open a second after the last cancel, or closed before its own."""
     opened = {load.next_number(): client for client in await load.open_clients(server, 100)}
     for number, client in opened.items():
         client.start(number, Plan(100_000, rate=20))
@@ -213,7 +217,8 @@ async def _cancel_delays(server: Server, upstream_port: int) -> list[float]:
     closed = json.loads(await clients.request(upstream_port, "GET", "/closed"))
     for client in opened.values():
         client.close()
-    return [closed.get(str(number), math.inf) / 1e6 - at for number, at in asked.items()]
+    delays = [closed.get(str(number), math.inf) / 1e6 - at for number, at in asked.items()]
+    return [delay if delay >= 0 else math.inf for delay in delays]
 
 
 async def startup(bench: Bench) -> Row:
