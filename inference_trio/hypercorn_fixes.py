@@ -43,7 +43,7 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
-from hypercorn.typing import LifespanState
+from hypercorn.typing import LifespanState, TaskGroup
 
 from .arriving import Arriving
 from .hypercorn_streams import OUTLET, BoundedHTTPStream, BoundedWSStream, OnlyHTTP1, overloaded
@@ -227,11 +227,11 @@ class BoundedTCPServer(TCPServer):
         """Whether all that was to be written is."""
         return not self._owed and not self.send_lock.locked()
 
-    def write_soon(self, data: bytes) -> None:
+    def write_soon(self, data: bytes, task_group: TaskGroup) -> None:
         """Write after all that came before, without waiting for it."""
         self._write_at_once(data)
         if self._owed:
-            self._task_group.spawn(self._write_owed)
+            task_group.spawn(self._write_owed)
 
     def _write_at_once(self, data: bytes) -> None:
         """What the socket does not take is owed. Mostly that is nothing, and locks and time limits are not needed."""

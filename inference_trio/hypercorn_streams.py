@@ -18,7 +18,7 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
-from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, WebsocketAcceptEvent
+from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, TaskGroup, WebsocketAcceptEvent
 from quart_trio.wrappers import TrioWebsocket
 from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection, Message, Ping, TextMessage
@@ -52,7 +52,7 @@ class Outlet(Protocol):
     def is_idle(self) -> bool:
         """Whether all that was to be written is."""
 
-    def write_soon(self, data: bytes) -> None:
+    def write_soon(self, data: bytes, task_group: TaskGroup) -> None:
         """Write after all that came before, without waiting for it."""
 
 
@@ -204,7 +204,7 @@ class BoundedWSStream(WSStream):
 
     def send_at_once(self, text: str) -> None:
         """What `app_send` does, while it `is_free`, but without waiting for anything."""
-        cast("Outlet", self._outlet).write_soon(self.connection.send(TextMessage(data=text)))
+        cast("Outlet", self._outlet).write_soon(self.connection.send(TextMessage(data=text)), self.task_group)
 
     def _give_way(self) -> None:
         self.inbox.share.arriving.on_refusal("websocket", TRY_AGAIN_LATER)

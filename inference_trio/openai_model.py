@@ -46,6 +46,10 @@ class _Passed:
     message: ClassVar = AIMessageChunk(content="")
     generation_info: ClassVar = None
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a newer LangChain asks of it is what an empty chunk has."""
+        return getattr(ChatGenerationChunk(message=self.message), name)
+
 
 @attrs.frozen
 class CompletionsClient:

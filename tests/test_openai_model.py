@@ -342,6 +342,13 @@ def test_text_is_passed_langchain_by(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [delta.text for delta in deltas(Endpoint(stream(says(content="Hello"))))] == ["Hello"]
 
 
+def test_langchain_may_ask_more_of_what_is_passed_by_its_conversion() -> None:
+    passed = openai_model._Passed(Delta("hi"))
+    assert (passed.text, passed.type, passed.message.content) == ("", "ChatGenerationChunk", "")
+    with pytest.raises(AttributeError):
+        passed.no_such_thing  # noqa: B018
+
+
 def test_the_hooks_of_langchain_have_the_shape_we_override() -> None:
     overridden = openai_model.CompatibleChatOpenAI
     for name in ("_get_request_payload", "_convert_chunk_to_generation_chunk"):
