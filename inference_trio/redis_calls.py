@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakValueDictionary
 
 import attrs
 import msgspec
@@ -52,7 +53,8 @@ class Calls:
     session_id: str
     tasks: RunningTasks
     producer: Producer
-    _waiting: dict[str, Reply] = attrs.field(factory=dict)
+    _waiting: WeakValueDictionary[str, Reply] = attrs.field(factory=WeakValueDictionary)
+    """Those that somebody still waits for."""
     _giving: trio.Lock = attrs.field(factory=trio.Lock)
 
     async def tool_result(self, params: ToolResult, epoch: int) -> Accepted:

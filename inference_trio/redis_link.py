@@ -1,5 +1,8 @@
 """The connection to Redis: runs scripts, waits while Redis is away, and knows whether it is.
 
+What is to be run goes to Redis all at once, and while that is under way what comes next is gathered: a round trip costs
+coredis several times what one more script in it does, so the more there is to do, the less each takes.
+
 Every script is idempotent, so one whose reply was lost is run again. While Redis is away only whoever renews the lease
 asks for it; all else waits for that: what Redis still knows has to be found out before anything is added to it.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -65,6 +68,23 @@ class AwayError(Exception):
 
 
 @attrs.define(eq=False)
+class Call:
+    """``EVALSHA`` or ``EVAL``, with the script's digest or text, and what came of it."""
+
+    command: str
+    script: str
+    key: str
+    arguments: Sequence[Value]
+    is_over: trio.Event = attrs.field(factory=trio.Event)
+    reply: Any = None
+    error: Exception | None = None
+
+    def end(self, reply: Any = None, error: Exception | None = None) -> None:
+        self.reply, self.error = reply, error
+        self.is_over.set()
+
+
+@attrs.define(eq=False)
 class Link:
     """``connect`` opens a client. There is a new one after each failure, and whoever waits for the old one stops:
     coredis lets a call wait for ever for a place in a pool that was closed, or lost its places with their connections.
@@ -77,9 +97,11 @@ class Link:
     _failed: trio.Event = attrs.field(factory=trio.Event)
     _was_told: bool = False
     """Whether the log knows that Redis is away."""
+    _calls: list[Call] = attrs.field(factory=list)
+    _has_calls: trio.Event = attrs.field(factory=trio.Event)
     _looks: int = 0
     _asked: dict[trio.CancelScope, int] = attrs.field(factory=dict)
-    """The calls under way, oldest first: how many looks there had been when each was made."""
+    """What Redis was asked and has not answered, oldest first: how many looks there had been when it was."""
 
     @property
     def is_away(self) -> bool:
@@ -96,6 +118,18 @@ class Link:
             except* FAILURES as group:  # a cluster's client connects at once
                 logger.warning("Redis is away: %s", _reason(group.exceptions[0]))
                 await trio.sleep(PAUSE)
+
+    async def send(self) -> None:
+        """Has Redis run what there is to run."""
+        while True:
+            await self._has_calls.wait()
+            self._has_calls = trio.Event()
+            calls, self._calls = self._calls, []
+            try:
+                await self._answer(partial(_run_all, calls))
+            except AwayError as error:
+                for call in calls:
+                    call.end(error=AwayError(*error.args))
 
     async def open(self) -> None:
         """Waits for the first client, but not too long."""
@@ -143,7 +177,7 @@ class Link:
 
         Raises AwayError.
         """
-        streams = await self._answer("xread", {inbox: after}, count=1000, block=int(wait * 1000))
+        streams = await self._answer(lambda client: client.xread({inbox: after}, count=1000, block=int(wait * 1000)))
         entries = next(iter(streams.values())) if streams else ()
         return [(entry.identifier.decode(), entry.field_values[b"m"]) for entry in entries]
 
@@ -167,29 +201,47 @@ class Link:
         for asked in self._asked:
             asked.cancel()
 
-    async def _run(self, name: str, key: str, arguments: tuple[Value, ...]) -> Any:
+    async def _run(self, name: str, key: str, arguments: Sequence[Value]) -> Any:
+        """Raises ResponseError where Redis refuses it, AwayError where it does not answer."""
         asked = script(name)
         try:
-            return await self._answer("evalsha", asked.sha, keys=[key], args=arguments)
+            return await self._call(Call("evalsha", asked.sha, key, arguments))
         except NoScriptError:
-            return await self._answer("eval", asked.text, keys=[key], args=arguments)
+            return await self._call(Call("eval", asked.text, key, arguments))
 
-    async def _answer(self, command: str, *arguments: Any, **options: Any) -> Any:
-        """What Redis answers. Raises ResponseError where it refuses, AwayError where it does not answer."""
+    async def _call(self, call: Call) -> Any:
+        self._calls.append(call)
+        self._has_calls.set()
+        await call.is_over.wait()
+        if call.error is not None:
+            raise call.error
+        return call.reply
+
+    async def _answer(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
+        """What Redis answers this question to a client. Raises AwayError where it does not."""
         client = self._client
         if client is None:
             raise AwayError("there is no connection")
         with trio.CancelScope() as asked:
             self._asked[asked] = self._looks
             try:
-                return await getattr(client, command)(*arguments, **options)
-            except ResponseError:
-                raise
+                return await ask(client)
             except FAILURES as error:
                 self._give_up(client, _reason(error))
             finally:
                 del self._asked[asked]
         raise AwayError("there was no answer")
+
+
+async def _run_all(calls: Sequence[Call], client: Any) -> None:
+    """Runs them in one round trip (of each node of a cluster), and ends each with what came of it."""
+    async with client.pipeline(transaction=False, raise_on_error=False) as pipeline:
+        replies = [getattr(pipeline, call.command)(call.script, [call.key], call.arguments) for call in calls]
+    for call, reply in zip(calls, replies, strict=True):
+        try:
+            call.end(await reply)
+        except ResponseError as error:
+            call.end(error=error)
 
 
 def _reason(error: BaseException) -> str:
@@ -216,6 +268,7 @@ async def open_link(url: str) -> AsyncIterator[Link]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.serve)
         nursery.start_soon(link.watch)
+        nursery.start_soon(link.send)
         await link.open()
         yield link
         nursery.cancel_scope.cancel()

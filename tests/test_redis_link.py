@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,28 +10,58 @@ import attrs
 import pytest
 import trio
 import trio.testing
+from coredis.exceptions import ResponseError
 
 from inference_trio import redis_link
-from inference_trio.redis_link import LONGEST_DEBT, LOOK_INTERVAL, AwayError, Link
+from inference_trio.redis_link import LONGEST_DEBT, LOOK_INTERVAL, AwayError, Link, Value
+from inference_trio.redis_scripts import script
 
 LONG_ENOUGH = (LONGEST_DEBT + 1) * LOOK_INTERVAL
 
 
 @attrs.define(eq=False)
 class Client:
-    """Answers with its number, when the test says so; or raises."""
+    """Answers with its number, when the test says so; or raises. ``asked`` are the scripts of each round trip."""
 
     number: int
     error: Exception | None = None
-    asked: int = 0
+    refuses: str = ""
+    """The script that it refuses."""
+    asked: list[list[str]] = attrs.field(factory=list)
     answers: trio.Event = attrs.field(factory=trio.Event)
 
-    async def evalsha(self, *_: Any, **__: Any) -> int:
-        self.asked += 1
+    @asynccontextmanager
+    async def pipeline(self, **_: Any) -> AsyncIterator[Pipeline]:
+        pipeline = Pipeline(self)
+        yield pipeline
+        self.asked.append(pipeline.names)
         if self.error:
             raise self.error
         await self.answers.wait()
+
+
+@attrs.define(eq=False)
+class Pipeline:
+    client: Client
+    names: list[str] = attrs.field(factory=list)
+
+    def evalsha(self, sha: str, keys: list[str], _: Sequence[Value]) -> Reply:
+        assert sha == script(keys[0]).sha
+        self.names.append(keys[0])
+        return Reply(None if keys[0] == self.client.refuses else self.client.number)
+
+
+@attrs.frozen
+class Reply:
+    """``None`` is a refusal."""
+
+    number: int | None
+
+    def __await__(self) -> Generator[None, None, int]:
+        if self.number is None:
+            raise ResponseError("no")
         return self.number
+        yield
 
 
 @asynccontextmanager
@@ -47,14 +77,43 @@ async def linked(*clients: Client) -> AsyncIterator[Link]:
         link = Link(connect)
         nursery.start_soon(link.serve)
         nursery.start_soon(link.watch)
+        nursery.start_soon(link.send)
         await link.open()
         link.is_back()
         yield link
         nursery.cancel_scope.cancel()
 
 
-async def ask(link: Link, replies: list[Any]) -> None:
-    replies.append(await link.run("era", "key"))
+async def ask(link: Link, replies: list[Any], name: str = "era") -> None:
+    replies.append(await link.run(name, name))
+
+
+async def test_what_comes_while_redis_is_asked_goes_there_in_one_round_trip() -> None:
+    client = Client(1)
+    replies: list[int] = []
+    async with linked(client) as link, trio.open_nursery() as nursery:
+        for name in ("era", "load", "spend", "era"):
+            nursery.start_soon(ask, link, replies, name)
+            if name == "era":
+                await trio.testing.wait_all_tasks_blocked()
+        assert client.asked == [["era"]]
+        client.answers.set()
+    assert [sorted(names) for names in client.asked] == [["era"], ["era", "load", "spend"]]
+    assert replies == [1] * 4
+
+
+async def test_a_script_that_is_refused_does_not_hold_up_the_others(autojump_clock: Any) -> None:
+    client = Client(1, refuses="load")
+    client.answers.set()
+    replies: list[int] = []
+    async with linked(client) as link, trio.open_nursery() as nursery:
+        for name in ("era", "load", "spend"):
+            nursery.start_soon(ask, link, replies, name)
+        await trio.testing.wait_all_tasks_blocked()
+        assert replies == [1, 1]
+        client.refuses = ""
+    assert replies == [1, 1, 1]
+    assert client.asked[1:] == [["load"]]
 
 
 async def test_whoever_waits_for_a_client_that_is_given_up_asks_the_next_one(autojump_clock: Any) -> None:
@@ -65,7 +124,7 @@ async def test_whoever_waits_for_a_client_that_is_given_up_asks_the_next_one(aut
         for _ in range(3):
             nursery.start_soon(ask, link, replies)
         await trio.sleep(LONG_ENOUGH - LOOK_INTERVAL / 2)
-        assert (one.asked, link.is_away) == (3, False)
+        assert (one.asked, link.is_away) == ([["era"] * 3], False)
         await trio.sleep(LOOK_INTERVAL)
         assert link.is_away
         link.is_back()
@@ -102,7 +161,7 @@ async def test_only_the_oldest_debt_counts_and_not_that_something_is_always_unde
 async def test_whatever_coredis_raises_redis_counts_as_away(error: type[Exception]) -> None:
     async with linked(Client(1, error()), Client(2)) as link:
         with pytest.raises(AwayError):
-            await link.probe("era", "key")
+            await link.probe("era", "era")
         assert link.is_away
 
 
