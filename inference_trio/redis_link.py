@@ -16,17 +16,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import anyio
 import attrs
 import coredis
 import trio
+from coredis.connection import TCPLocation
 from coredis.exceptions import NoScriptError, RedisError, ResponseError
 from coredis.retry import NoRetryPolicy
 
 from .errors import OverloadedError
 from .redis_scripts import script
+from .variables import SENTINELS
 
 LOOK_INTERVAL = 0.5
 """Seconds between two looks whether Redis owes a reply."""
@@ -36,6 +38,11 @@ LONGEST_DEBT = 6
 
 CONNECT_TIMEOUT = 3.0
 """Seconds until a connection is there."""
+
+SENTINEL_PORT = 26379
+
+SENTINEL_TIMEOUT = 1.0
+"""Seconds until a Sentinel has answered: so there is time to ask another one."""
 
 PATIENCE = 10.0
 """Seconds that a client's call waits for Redis."""
@@ -252,19 +259,14 @@ def _reason(error: BaseException) -> str:
 
 @asynccontextmanager
 async def open_link(url: str) -> AsyncIterator[Link]:
-    """``?cluster=true`` in the URL for a Redis Cluster."""
+    """``?cluster=true`` in the URL for a Redis Cluster; `SENTINELS` are asked for the primary at each connection."""
     options: dict[str, Any] = {
         "stream_timeout": PATIENCE,  # for what coredis asks for itself
         "connect_timeout": CONNECT_TIMEOUT,
         "retry_policy": NoRetryPolicy(),
     }
-    parts = urlsplit(url)
-    if parts.scheme == "rediss":  # coredis would not look at the name in the certificate
-        options["ssl_context"] = ssl.create_default_context()
     logging.getLogger("coredis").setLevel(logging.CRITICAL)  # what it says in several lines is said here in one
-    is_cluster = parse_qs(parts.query).get("cluster") == ["true"]
-    kind: Any = coredis.RedisCluster if is_cluster else coredis.Redis
-    link = Link(partial(kind.from_url, url, **options))
+    link = Link(partial(_client, url, options))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.serve)
         nursery.start_soon(link.watch)
@@ -272,3 +274,31 @@ async def open_link(url: str) -> AsyncIterator[Link]:
         await link.open()
         yield link
         nursery.cancel_scope.cancel()
+
+
+def _client(url: str, options: dict[str, Any]) -> AbstractAsyncContextManager[Any]:
+    if sentinels := SENTINELS.fullmatch(url):
+        return _primary(options, **sentinels.groupdict())
+    parts = urlsplit(url)
+    if parts.scheme == "rediss":  # coredis would not look at the name in the certificate
+        options = {**options, "ssl_context": ssl.create_default_context()}
+    is_cluster = parse_qs(parts.query).get("cluster") == ["true"]
+    kind: Any = coredis.RedisCluster if is_cluster else coredis.Redis
+    client: AbstractAsyncContextManager[Any] = kind.from_url(url, **options)
+    return client
+
+
+@asynccontextmanager
+async def _primary(
+    options: dict[str, Any], hosts: str, service: str, username: str | None, password: str | None, db: str | None
+) -> AsyncIterator[Any]:
+    locations = [
+        TCPLocation(name, int(port or SENTINEL_PORT))
+        for name, _, port in (host.partition(":") for host in hosts.split(","))
+    ]
+    within = {"stream_timeout": SENTINEL_TIMEOUT, "connect_timeout": SENTINEL_TIMEOUT}
+    credentials: dict[str, Any] = {"username": username or None, "password": unquote(password or "") or None}
+    async with coredis.Sentinel(locations, sentinel_kwargs=within, **options) as sentinels:
+        primary: Any = sentinels.primary_for(service, db=int(db or 0), **credentials)
+        async with primary as client:
+            yield client

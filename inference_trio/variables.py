@@ -23,6 +23,12 @@ SHORTEST_KEY = 6
 
 MEMORY_STORE = "memory://"
 
+SENTINELS = re.compile(
+    r"redis\+sentinel://(?:(?P<username>[^:@/]*):(?P<password>[^@/]*)@)?"
+    r"(?P<hosts>[^:@/?#,]+(?::\d{1,5})?(?:,[^:@/?#,]+(?::\d{1,5})?)*)/(?P<service>[^/?#]+)(?:/(?P<db>\d+))?"
+)
+"""Sentinels that know where the primary of a service is; the credentials are for that."""
+
 _LARGEST_INTEGER = 2**31 - 1
 _LONGEST_SECONDS = 1e9  # what a thread may wait for ends at about 9.2e9 (`threading.TIMEOUT_MAX`)
 _SHOWN_CHARACTERS = 80
@@ -172,9 +178,12 @@ def store_url(text: str) -> Secret:
     except ValueError:  # its brackets or its port are none
         is_redis = False
     if "sentinel" in text.partition("://")[0] + text.partition("?")[2]:
-        raise _HiddenValueError("the address of a Redis, or one that leads to its primary: Sentinel is not supported")
+        is_redis = SENTINELS.fullmatch(text) is not None
+        expected = "Sentinels as in redis+sentinel://:password@host:26379,host:26379/service/0"
+    else:
+        expected = f"{MEMORY_STORE}, or a URL such as redis://:password@host:6379/0 (rediss:// with TLS)"
     if text != MEMORY_STORE and not (is_redis and re.fullmatch("[!-~]+", text)):
-        raise _HiddenValueError(f"{MEMORY_STORE}, or a URL such as redis://:password@host:6379/0 (rediss:// with TLS)")
+        raise _HiddenValueError(expected)
     return Secret(text)
 
 

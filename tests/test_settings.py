@@ -248,11 +248,32 @@ def test_a_wrong_store_is_refused_and_not_shown(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["redis+sentinel://:secret@host:26379/main", "redis://:secret@host:26379/0?sentinel=main"]
+    "text",
+    [
+        "redis+sentinel://one,two:26380/sessions",
+        "redis+sentinel://user:secret@one:26379,two:26379,three:26379/sessions/2",
+        "redis+sentinel://:secret@one/sessions",
+    ],
 )
-def test_a_sentinel_is_refused_as_such(text: str) -> None:
+def test_sentinels_are_named_with_their_service(text: str) -> None:
+    assert load(INFERENCE_STORE=text).store.reveal() == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "redis+sentinel://:secret@host:26379",
+            "redis+sentinel://:secret@host:x/sessions",
+            "redis+sentinel:///secret",
+        ),
+        *("redis+sentinel://secret@host/sessions", "redis+sentinel://one,,secret/x", "sentinel://:secret@one/sessions"),
+        *("redis+sentinel://one/sessions/secret", "redis://:secret@host:26379/0?sentinel=main"),
+    ],
+)
+def test_sentinels_that_are_named_otherwise_are_refused_and_not_shown(text: str) -> None:
     message = refusal(INFERENCE_STORE=text)
-    assert message.endswith("Sentinel is not supported")
+    assert message.startswith("INFERENCE_STORE: expected Sentinels as in redis+sentinel://")
     assert "secret" not in message
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -62,21 +62,33 @@ class Workers:
 
 
 @pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
+def redis() -> Iterator[list[RedisServer]]:
     with running_redis() as server:
+        yield [server]
+
+
+@contextmanager
+def running_node(bus: int, first_slot: int, last_slot: int) -> Iterator[RedisServer]:
+    options = ("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1", "--cluster-port", str(bus))
+    with running_redis(*options) as server:
+        assert server.ask("CLUSTER", "ADDSLOTSRANGE", str(first_slot), str(last_slot)) == b"+OK\r\n"
         yield server
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RedisServer]:
-    """A Redis Cluster of one server: it refuses scripts that touch keys of two slots."""
-    with reserved_port() as port:
-        options = ("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1", "--cluster-port", str(port))
-        with running_redis(*options) as server:
-            assert server.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383") == b"+OK\r\n"
+def cluster() -> Iterator[list[RedisServer]]:
+    """A Redis Cluster of two servers. Each refuses scripts that touch keys of two slots."""
+    with (
+        reserved_port() as first_bus,
+        reserved_port() as second_bus,
+        running_node(first_bus, 0, 8191) as first,
+        running_node(second_bus, 8192, 16383) as second,
+    ):
+        assert first.ask("CLUSTER", "MEET", "127.0.0.1", str(second.port), str(second_bus)) == b"+OK\r\n"
+        for server in (first, second):
             while b"cluster_state:ok" not in server.ask("CLUSTER", "INFO"):
                 time.sleep(0.01)
-            yield server
+        yield [first, second]
 
 
 @asynccontextmanager
@@ -102,9 +114,10 @@ async def in_redis(url: str, *rounds: list[Any], **changes: Any) -> AsyncIterato
 def workers(request: pytest.FixtureRequest) -> Any:
     if request.param == "memory":
         return in_memory
-    server = request.getfixturevalue(request.param)
-    server.ask("FLUSHALL")
-    return partial(in_redis, server.url + ("?cluster=true" if request.param == "cluster" else ""))
+    servers = request.getfixturevalue(request.param)
+    for server in servers:
+        server.ask("FLUSHALL")
+    return partial(in_redis, servers[0].url + ("?cluster=true" if request.param == "cluster" else ""))
 
 
 async def answer_and_end(socket: FakeWebSocket) -> tuple[Any, list[Any]]:
