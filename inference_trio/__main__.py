@@ -34,17 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return chat(options)
     from .process import leave
+
+    bind = f"[{options.host}]:{options.port}" if ":" in options.host else f"{options.host}:{options.port}"
+    if options.workers > 1:
+        from .workers import run as run_workers
+
+        return leave(run_workers(bind, options.workers))
     from .serving import run
 
-    return leave(run(options.host, options.port))
+    return leave(run(bind))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="inference-trio", description="An LLM inference session server.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    _add_serve(commands.add_parser("serve", help="start the server", description=_SERVE))
     formatter = argparse.RawDescriptionHelpFormatter
+    _add_serve(
+        commands.add_parser(
+            "serve", help="start the server", description=_SERVE, epilog=SERVE_ENDS, formatter_class=formatter
+        )
+    )
     _add_chat(
         commands.add_parser(
             "chat", help="talk to a model", description=_CHAT, epilog=CHAT_ENDS, formatter_class=formatter
@@ -54,12 +64,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _SERVE = "Start the server. It is configured by environment variables, also read from .env."
+SERVE_ENDS = """\
+exit status:
+  0    stopped by SIGTERM or SIGINT
+  1    the address cannot be had, or a worker did not start
+  2    wrong arguments or settings
+"""
 _CHAT = "Talk to a model, by way of a server; without a URL, of one on the embedded model that is started for it."
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", default=8000, type=_port, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        default=1,
+        type=_number_of_workers,
+        metavar="N",
+        help="processes that share the port, and their sessions in Redis; one that ends is replaced (default: 1)",
+    )
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +108,12 @@ def _port(text: str) -> int:
     if not 0 <= port <= 65535:
         raise ValueError
     return port
+
+
+def _number_of_workers(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,2}", text):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 999, got {text!r}")
+    return int(text)
 
 
 def _url(text: str) -> str:

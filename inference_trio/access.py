@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 import attrs
@@ -30,6 +31,8 @@ TICKET_LIFETIME = 60.0
 
 SUBPROTOCOL = "inference-trio"
 """What the server speaks on a WebSocket; an entry ``ticket.<ticket>`` beside it in the client's list is a ticket."""
+
+logger = logging.getLogger(__name__)
 
 _TICKET_PREFIX = "ticket."
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -116,6 +119,13 @@ class Access:
     @property
     def needs_token(self) -> bool:
         return bool(self.owners)
+
+    def warn_of_strangers(self, binds: Iterable[str]) -> None:
+        """Called with where the server is going to listen, in Hypercorn's form."""
+        reachable = [bind for bind in binds if not is_loopback(bind)]
+        if reachable and not self.needs_token:
+            where = ", ".join(reachable)
+            logger.warning("whoever reaches %s can use the model: INFERENCE_AUTH_TOKENS would ask for a token", where)
 
     def owner_of(self, authorization: str | None) -> Owner | None:
         """Whose token an ``Authorization`` header carries; ``None`` where a token is asked for and it has none."""

@@ -6,13 +6,11 @@ line on stderr: under Hypercorn an exception would show as a traceback.
 
 from __future__ import annotations
 
-import sys
-
 from quart_trio import QuartTrio
 
 from .errors import ConfigurationError
 from .logs import configure_logging
-from .process import loading
+from .process import USAGE_ERROR, complain, loading
 from .settings import Settings
 
 
@@ -25,8 +23,8 @@ def _compose() -> QuartTrio:
 
             return create_app(settings)
     except ConfigurationError as error:
-        print(f"inference_trio: {error}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
+        complain(error)
+        raise SystemExit(USAGE_ERROR) from None
 
 
 app = _compose()

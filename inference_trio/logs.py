@@ -51,7 +51,7 @@ def configure_logging(settings: Settings) -> Callable[[], None]:
     root = logging.getLogger()
     sinks = [logging.StreamHandler(), *_file_sinks(settings.log_file)]
     hidden = [*settings.auth_tokens.values(), settings.api_key, settings.store_password]
-    handler = _LineQueue(_LineFormatter(settings.log_format, hidden), sinks)
+    handler = _LineQueue(_LineFormatter(settings.log_format, hidden, settings.worker), sinks)
     for earlier in [other for other in root.handlers if isinstance(other, _LineQueue)]:
         earlier.close()
     root.addHandler(handler)
@@ -148,8 +148,9 @@ def _may_be_logged(record: logging.LogRecord) -> bool:
 class _LineFormatter(logging.Formatter):
     """The whole line, in one of the two formats, without what is secret."""
 
-    def __init__(self, line_format: str, hidden: Iterable[Secret | None]) -> None:
+    def __init__(self, line_format: str, hidden: Iterable[Secret | None], worker: int | None) -> None:
         super().__init__()
+        self._worker = {} if worker is None else {"worker": worker}
         self._to_line = _json_line if line_format == "json" else _text_line
         plain = {secret.reveal() for secret in hidden if secret}
         self._hidden = {
@@ -174,7 +175,7 @@ class _LineFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         # Twice: `fixed` comes first in the line, and is not overwritten by a field of the same name.
-        fields = fixed | dict(_context.get() or {}) | extra | fixed
+        fields = fixed | self._worker | dict(_context.get() or {}) | extra | fixed
         if record.exc_info and record.exc_info[0]:
             fields["exception"] = self.formatException(record.exc_info)
         return fields

@@ -1,4 +1,4 @@
-"""What concerns the process: how it is told to stop, how it ends whatever holds it up, and how many files it may open.
+"""What concerns the process: what it says, how it is told to stop and ends whatever holds it up, how many files it has.
 
 What is told to stop ends in order: `store.SessionStore.drain`, then Hypercorn, then what runs in the app's nursery.
 All of that is bounded in time but for what is not ours: a thread of a provider's client or of a callback may react
@@ -22,6 +22,12 @@ from typing import NoReturn
 import trio
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+USAGE_ERROR = 2
+"""Exit status for wrong arguments, as argparse has it, and for wrong settings."""
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted, as far as the system lets them (``net.core.somaxconn``)."""
 
 GRACE = 1.75
 """Seconds beyond those for running tasks after which the process ends in any case."""
@@ -56,8 +62,8 @@ def watch_signals(
     """From now on to the end of the process, SIGINT and SIGTERM tell it to stop; the second one ends it at once.
 
     What is returned waits for the first one, or until ``told`` returns. From then on the process has
-    ``drain_seconds`` for what runs, and `GRACE` for the rest: then it ends, with exit status 0. (Hypercorn's command
-    tells its worker through ``told``; a signal that comes to both of them counts once.)
+    ``drain_seconds`` for what runs, and `GRACE` for the rest: then it ends, with exit status 0. (Through ``told`` a
+    worker's parent tells it; a signal that comes to both of them counts once.)
     """
     token, is_told = trio.lowlevel.current_trio_token(), trio.Event()
 
@@ -78,6 +84,16 @@ def watch_signals(
 
     _handle_signals(on_first_signal)
     return wait
+
+
+def announce(address: str) -> None:
+    """Says that the server is ready."""
+    print(f"inference_trio serves at {address}, until Ctrl-C", flush=True)  # noqa: T201
+
+
+def complain(reason: object) -> None:
+    """Says, in one line, why the command ends."""
+    print(f"inference-trio: {reason}", file=sys.stderr)  # noqa: T201
 
 
 def leave(status: int) -> NoReturn:

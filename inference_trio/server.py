@@ -10,12 +10,11 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import attrs
 import trio
@@ -33,10 +32,11 @@ from werkzeug.exceptions import (
 )
 
 from . import openrpc, playground
-from .access import SUBPROTOCOL, Access, Owner, is_loopback, ticket_among
+from .access import SUBPROTOCOL, Access, Owner, ticket_among
 from .browsers import BrowserRules
 from .connection import Connection
 from .errors import (
+    ConfigurationError,
     InferenceError,
     InternalError,
     InvalidParamsError,
@@ -52,7 +52,7 @@ from .local_model import embedded_model, find_weights
 from .metrics import Metrics
 from .model import ChatModel, build_model
 from .outbox import RETRY_AFTER
-from .process import leave, raise_file_limit, watch_signals
+from .process import USAGE_ERROR, complain, leave, raise_file_limit, watch_signals
 from .protocol import Created, CreateSession, NewTicket
 from .runner import Model
 from .settings import Settings, environment_warnings
@@ -64,9 +64,12 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_SEVERAL_WORKERS = (
-    "inference_trio: {} workers would not know each other's sessions, which are in memory: use one worker"
+_METRICS_APART = (
+    "Each of several workers counts for itself, at a port of its own: `inference-trio serve --workers` with"
+    " INFERENCE_METRICS_PORT"
 )
+
+_ONE_PORT = "INFERENCE_METRICS_PORT is one port, for {0} workers: `inference-trio serve --workers {0}` gives each one"
 
 _STATUS = {ParseError: 400, NoSuchSessionError: 404, InvalidParamsError: 422, OverloadedError: 503}
 
@@ -107,6 +110,11 @@ def create_app(settings: Settings, model: Model | None = None) -> QuartTrio:
     return app
 
 
+def _end_because_of(reason: object) -> NoReturn:
+    complain(reason)
+    raise SystemExit(USAGE_ERROR)
+
+
 def _metrics(service: Service) -> Metrics:
     return Metrics(lambda: service.store.census())
 
@@ -120,6 +128,7 @@ class Service:
     access: Access
     tracing: Tracing | None = None
     metrics: Metrics = attrs.field(default=attrs.Factory(_metrics, takes_self=True))
+    _is_alone: bool = attrs.field(default=attrs.Factory(lambda self: self.settings.worker is None, takes_self=True))
     _store: Store | None = None
 
     def register(self, app: QuartTrio) -> None:
@@ -148,20 +157,28 @@ class Service:
 
         Raises OSError where the port for the metrics cannot be had.
         """
-        if config.workers > 1 and self.settings.is_in_memory:
-            print(_SEVERAL_WORKERS.format(config.workers), file=sys.stderr)  # noqa: T201 (the app's line, see app.py)
-            raise SystemExit(2)
+        if config.workers > 1:
+            self._join_others(config.workers)
         if self.settings.metrics_port:
             self.metrics.listen(self.settings.metrics_host, self.settings.metrics_port)
-        self.warn_of_strangers([*config.bind, *config.insecure_bind])
+        self.access.warn_of_strangers([*config.bind, *config.insecure_bind])
         raise_file_limit(self.settings.max_connections, self.settings.max_tasks)
 
-    def warn_of_strangers(self, hosts: list[str]) -> None:
-        """Called with where the server is going to listen."""
-        reachable = [host for host in hosts if not is_loopback(host)]
-        if reachable and not self.access.needs_token:
-            where = ", ".join(reachable)
-            logger.warning("whoever reaches %s can use the model: INFERENCE_AUTH_TOKENS would ask for a token", where)
+    def _join_others(self, workers: int) -> None:
+        """This is one of the workers of Hypercorn's command, which does not say which."""
+        self._is_alone = False
+        try:
+            self.settings.check_workers(workers)
+        except ConfigurationError as error:
+            _end_because_of(error)
+        if self.settings.metrics_port:
+            _end_because_of(_ONE_PORT.format(workers))
+        # No code of ours runs in Hypercorn's parent.
+        logger.warning(
+            "when one of these %d workers ends, Hypercorn ends all of them, with exit status 0:"
+            " inference-trio serve --workers would start another one",
+            workers,
+        )
 
     async def drain(self) -> None:
         if self._store:
@@ -198,6 +215,8 @@ class Service:
 
     async def show_metrics(self) -> Response:
         self._owner(request.headers)
+        if not self._is_alone:
+            raise NotFound(_METRICS_APART)
         return await self.metrics.respond()
 
     async def connect(self, session_id: str) -> None:

@@ -1,11 +1,19 @@
-"""``inference-trio serve``: the server as a process."""
+"""``inference-trio serve``: the server as a process, alone or as one of several workers.
+
+A worker is ``python -m inference_trio.serving FD NUMBER``, started by `workers`: ``FD`` is the listening socket, which
+all of them share, and its standard input is a socket to its parent. There it says where it serves, once it does; and
+when nothing more can come from there, because it is to stop or its parent is gone, it stops as if by SIGTERM.
+"""
 
 from __future__ import annotations
 
 import logging
+import socket
 import sys
+from contextlib import suppress
 from functools import partial
 
+import attrs
 import hypercorn.trio
 import trio
 from hypercorn.config import Config
@@ -13,48 +21,75 @@ from quart_trio import QuartTrio
 
 from .errors import ConfigurationError
 from .logs import configure_logging
-from .process import loading, watch_signals
+from .process import BACKLOG, USAGE_ERROR, announce, complain, leave, loading, watch_signals
 from .settings import Settings
 
-USAGE_ERROR = 2
-"""Exit status for wrong arguments, as argparse has it, and for wrong settings."""
+
+@attrs.frozen(eq=False)
+class Worker:
+    """One of several: its number, from 1, and its end of the socket to its parent."""
+
+    number: int
+    parent: socket.socket
 
 
-def run(host: str, port: int) -> int:
-    """Returns the exit status, when the server has stopped."""
+def run(bind: str, worker: Worker | None = None) -> int:
+    """Serves at ``bind``, in Hypercorn's form. Returns the exit status, when the server has stopped."""
     try:
         settings = Settings.load()
+        if worker:
+            settings = settings.for_worker(worker.number)
         stop_logging = configure_logging(settings)
         with loading():
             from .server import create_app  # after the settings: importing LangChain takes two seconds
 
             app = create_app(settings)
     except ConfigurationError as error:
-        print(f"inference-trio: {error}", file=sys.stderr)  # noqa: T201
+        complain(error)
         return USAGE_ERROR
     status = 0
     try:
-        trio.run(serve, app, host, port, settings.drain_seconds)
+        trio.run(serve, app, bind, settings.drain_seconds, worker)
     except* OSError as group:
         reason = group.exceptions[0]
         while isinstance(reason, ExceptionGroup):
             reason = reason.exceptions[0]
-        print(f"inference-trio: cannot serve on {host}:{port}: {reason}", file=sys.stderr)  # noqa: T201
+        complain(f"cannot serve {f'as worker {worker.number}' if worker else f'on {bind}'}: {reason}")
         status = 1
     finally:
         stop_logging()
     return status
 
 
-async def serve(app: QuartTrio, host: str, port: int, drain_seconds: float) -> None:
+async def serve(app: QuartTrio, bind: str, drain_seconds: float, worker: Worker | None) -> None:
     """Serves until SIGINT or SIGTERM, and then lets what runs come to its end; a second one ends the process at once.
 
     Raises OSError, in a group, where the address cannot be had.
     """
     config = Config()
-    config.bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    config.bind = [bind]
+    config.backlog = BACKLOG
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)  # what it says at the start is said below
-    told = watch_signals(drain_seconds)
+    parent = trio.SocketStream(trio.socket.from_stdlib_socket(worker.parent)) if worker else None
+    told = watch_signals(drain_seconds, partial(_wait_for_the_end, parent) if parent else None)
     async with trio.open_nursery() as nursery:
         addresses = await nursery.start(partial(hypercorn.trio.serve, app, config, shutdown_trigger=told))
-        print(f"inference_trio serves at {addresses[0]}, until Ctrl-C", flush=True)  # noqa: T201
+        if parent:
+            await _tell(parent, addresses[0])
+        else:
+            announce(addresses[0])
+
+
+async def _tell(parent: trio.SocketStream, address: str) -> None:
+    with suppress(trio.BrokenResourceError):  # it is gone, and this process is about to end as well
+        await parent.send_all(address.encode())
+
+
+async def _wait_for_the_end(parent: trio.SocketStream) -> None:
+    with suppress(trio.BrokenResourceError):
+        await parent.receive_some(1)
+
+
+if __name__ == "__main__":
+    fd, number = map(int, sys.argv[1:])
+    leave(run(f"fd://{fd}", Worker(number, socket.socket(fileno=0))))

@@ -41,6 +41,8 @@ from .variables import (
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
+LAST_PORT = 65535
+
 _DEFAULT_BASE_URLS = {"openai": "https://api.deepseek.com/v1"}
 _DEFAULT_MODELS = {"openai": "deepseek-chat", "local": EMBEDDED_MODEL}
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -131,7 +133,7 @@ class Settings:
     drain_seconds: float = setting("INFERENCE_DRAIN_SECONDS", seconds(0), 30.0, "time for running tasks at shutdown")
 
     metrics_port: int | None = setting(
-        "INFERENCE_METRICS_PORT", integer(1, 65535), None, "a port of its own for `/metrics`, without a token"
+        "INFERENCE_METRICS_PORT", integer(1, LAST_PORT), None, "a port of its own for `/metrics`, without a token"
     )
     metrics_host: str = setting("INFERENCE_METRICS_HOST", printable, "127.0.0.1", "the address of that port")
 
@@ -143,6 +145,28 @@ class Settings:
         "INFERENCE_LOG_FORMAT", one_of("text", "json"), "text", "`text`, or `json` for JSON lines"
     )
     log_content: bool = setting("INFERENCE_LOG_CONTENT", boolean, False, "whether prompts and answers may be logged")
+
+    worker: int | None = None
+    """Which of several workers this is, from 1; ``None`` for one that is alone."""
+
+    def for_worker(self, number: int) -> Settings:
+        """What one of several workers has to itself: the port of its metrics, and the log file."""
+        port = self.metrics_port and self.metrics_port + number - 1
+        file = self.log_file and self.log_file.with_stem(f"{self.log_file.stem}-{number}")
+        return attrs.evolve(self, worker=number, metrics_port=port, log_file=file)
+
+    def check_workers(self, count: int) -> None:
+        """Raises ConfigurationError where there cannot be so many."""
+        if self.is_in_memory:
+            raise ConfigurationError(
+                f"{count} workers would not know each other's sessions, which are in memory:"
+                " use one worker, or set INFERENCE_STORE to a Redis"
+            )
+        if self.metrics_port and self.metrics_port + count - 1 > LAST_PORT:
+            raise ConfigurationError(
+                f"INFERENCE_METRICS_PORT: expected at most {LAST_PORT + 1 - count} for {count} workers, which have"
+                f" a port each, got {self.metrics_port}"
+            )
 
     @property
     def is_in_memory(self) -> bool:

@@ -91,6 +91,7 @@ ORDER = (
     "server",
     "app",
     "serving",
+    "workers",
     "own_server",
     "display",
     "terminal",

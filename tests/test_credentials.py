@@ -14,7 +14,6 @@ import trio_websocket
 from inference_trio.access import TICKET_LIFETIME, Access
 from inference_trio.browsers import CONTENT_SECURITY_POLICY
 from inference_trio.logs import _context
-from inference_trio.server import Service
 from inference_trio.variables import Secret
 from tests import fakes
 from tests.fakes import FakeModel, finish, hang, text
@@ -239,9 +238,8 @@ async def test_listening_to_strangers_without_tokens_is_warned_about(
     tokens: Any, lines: int, caplog: pytest.LogCaptureFixture
 ) -> None:
 
-    settings = fakes.settings(auth_tokens=tokens)
-    service = Service(settings, None, Access.of(settings))  # type: ignore[arg-type]
-    service.warn_of_strangers(["127.0.0.1:8000"])
+    access = Access.of(fakes.settings(auth_tokens=tokens))
+    access.warn_of_strangers(["127.0.0.1:8000"])
     assert caplog.messages == []
-    service.warn_of_strangers(["0.0.0.0:8000"])
+    access.warn_of_strangers(["0.0.0.0:8000"])
     assert len([line for line in caplog.messages if "INFERENCE_AUTH_TOKENS" in line]) == lines

@@ -130,8 +130,8 @@ def test_a_variable_sets_its_field_and_no_other(variable: str, text: str, field:
     assert load(**{variable: text}) == attrs.evolve(load(), **{field: value})
 
 
-def test_every_field_has_a_variable_but_the_key_which_has_a_variable_of_its_own_choice() -> None:
-    assert {field.name for field in attrs.fields(Settings)} - Settings.variables().keys() == {"api_key"}
+def test_every_field_has_a_variable_but_the_key_which_has_one_of_its_own_choice_and_what_a_parent_gives() -> None:
+    assert {field.name for field in attrs.fields(Settings)} - Settings.variables().keys() == {"api_key", "worker"}
     names = [variable.name for variable in Settings.variables().values()]
     assert len(names) == len(set(names))
     assert all(variable.help for variable in Settings.variables().values())
