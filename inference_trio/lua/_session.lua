@@ -1,20 +1,26 @@
 local key, log, tasks = KEYS[1], KEYS[1] .. ':log', KEYS[1] .. ':tasks'
-local names = {'latest', 'total', 'base', 'freed', 'cursor', 'read', 'epoch', 'version', 'idle'}
-local s = {}
-local values = redis.call('HMGET', key, 'conn', unpack(names))
-if not values[1] then return {'gone'} end
-s.conn = values[1]
-for i, name in ipairs(names) do s[name] = tonumber(values[i + 1]) end
+local names = {'conn', 'latest', 'total', 'base', 'freed', 'cursor', 'read', 'epoch', 'version', 'idle'}
+local s, was = {}, redis.call('HMGET', key, unpack(names))
+if not was[1] then return {'gone'} end
+for i, name in ipairs(names) do
+    if i > 1 then was[i] = tonumber(was[i]) end
+    s[name] = was[i]
+end
 
+-- Only what has changed, and lifetimes once a second: each write goes to Redis's disk and replicas as well.
 local function save(ttl)
     s.version = s.version + 1
-    local fields = {'conn', s.conn}
-    for _, name in ipairs(names) do
-        fields[#fields + 1] = name
-        fields[#fields + 1] = s[name]
+    local fields = {}
+    for i, name in ipairs(names) do
+        if s[name] ~= was[i] then
+            fields[#fields + 1] = name
+            fields[#fields + 1] = s[name]
+        end
     end
     redis.call('HSET', key, unpack(fields))
-    for _, name in ipairs({key, log, tasks}) do redis.call('PEXPIRE', name, ttl) end
+    for _, name in ipairs({key, log, tasks}) do
+        if redis.call('PTTL', name) < tonumber(ttl) then redis.call('PEXPIRE', name, ttl + 1000) end
+    end
 end
 
 local function seq_of(entry) return tonumber(string.match(entry[1], '^%d+')) end
