@@ -17,7 +17,7 @@ from .chat import JsonObject
 from .errors import InvalidParamsError, NoSuchSessionError, OverloadedError
 from .jsonrpc import Call
 from .outbox import BYTES_PER_BYTE_OF_JSON, RETRY_AFTER
-from .protocol import Accepted, Draining, Generate, Resumed, Started, TaskStatus, ToolResult
+from .protocol import Accepted, Generate, Resumed, Started, TaskStatus, ToolResult
 from .redis_calls import Calls, Ending, taken_over
 from .redis_delivery import Delivery, Ready, ready
 from .redis_limits import Limits, name_of
@@ -38,10 +38,11 @@ class Store(Protocol):
     settings: Settings
     model: Model
     limits: Limits
-    drains_until: float | None
     observers: Sequence[Observer]
 
     def refuse_when_draining(self) -> None: ...
+
+    def send_elsewhere_when_draining(self) -> None: ...
 
 
 @attrs.define(eq=False)
@@ -134,8 +135,6 @@ class RedisSession:
         if after is not None:
             tasks = [msgspec.json.decode(status, type=TaskStatus) for status in statuses]
             connection.tell(Resumed(after=since, oldest_seq=base + 1, latest_seq=latest, gap=since < base, tasks=tasks))
-        if self.store.drains_until is not None:
-            connection.tell(Draining(max(self.store.drains_until - trio.current_time(), 0.0)))
 
     async def _attach(self, name: str, after: int | None) -> Any:
         held = (self.worker.id, name, "1", self.id, self.owner_name, self.worker.ttl)
@@ -147,6 +146,7 @@ class RedisSession:
         if reply[0] == b"gone":
             raise NoSuchSessionError("There is no such session any more")
         self.worker.check()
+        self.store.send_elsewhere_when_draining()
         return reply
 
     def _take_over(self, epoch: int) -> None:
@@ -254,6 +254,7 @@ class RedisSession:
         if reply[0] != b"ok":
             raise taken_over()
         self.worker.check()
+        self.store.refuse_when_draining()  # as of now every task is waited for
 
     def _dismiss(self, runner: Runner, size: int, asked_by: Attached | None = None) -> None:
         """The task has ended; or it has not begun, and this connection had asked for it."""

@@ -24,6 +24,9 @@ from .runner import Model
 from .settings import Settings
 from .store import CLOSING_TIME, census_of, refuse_when_draining, resume_window, wind_down
 
+SOON = 1.0
+"""Seconds after which a client may try again that was sent to another server, where there is none."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -90,6 +93,7 @@ class RedisStore:
         return self._resident(RedisSession(session_id, owner, tools, window, worker, self))
 
     async def get(self, session_id: str) -> RedisSession | None:
+        self.send_elsewhere_when_draining()
         worker = self.worker
         tools, name, window = await worker.link.run("load", worker.session_key(session_id), worker.ttl)
         if name is None:
@@ -113,6 +117,11 @@ class RedisStore:
         """Raises OverloadedError where the server is stopping."""
         refuse_when_draining(self.drains_until)
 
+    def send_elsewhere_when_draining(self) -> None:
+        """The same, for what any other server has as well: nobody has to wait until this one is back."""
+        if self.drains_until is not None:
+            raise OverloadedError("The server is stopping, and another one has the session", retry_after=SOON)
+
     def check_ready(self) -> None:
         """Raises OverloadedError where the server is stopping, or Redis is away."""
         self.refuse_when_draining()
@@ -132,7 +141,7 @@ class RedisStore:
         if worker is None:
             return
 
-        await wind_down(lambda: self._in_use(worker), limit)
+        await wind_down(lambda: self._in_use(worker), limit, are_elsewhere=True)
         with trio.move_on_after(CLOSING_TIME):
             await worker.leave()
 

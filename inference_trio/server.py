@@ -250,14 +250,19 @@ class Service:
         return owner
 
     async def _session_of(self, owner: Owner, session_id: str) -> Session:
-        session = await self.store.get(session_id)
-        if session is None or session.owner is not owner:
-            raise NotFound("There is no such session; it may have expired")
-        return session
+        session = await self._session(session_id)
+        return session if session.owner is owner else _no_session()
 
     async def _session_for_ticket(self, session_id: str, ticket: str | None) -> Session | None:
-        session = await self.store.get(session_id) if ticket else None
+        session = await self._session(session_id) if ticket else None
         return session if session and ticket and await session.redeem(ticket) else None
+
+    async def _session(self, session_id: str) -> Session:
+        return await self.store.get(session_id) or _no_session()
+
+
+def _no_session() -> NoReturn:
+    raise NotFound("There is no such session; it may have expired")
 
 
 async def refuse(error: InferenceError) -> Response:

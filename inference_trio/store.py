@@ -217,16 +217,21 @@ class InUse(Protocol):
         """Returns when what the tasks here have told is where a connection takes it."""
 
 
-async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float) -> int:
+async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float, *, are_elsewhere: bool = False) -> int:
     """Lets the tasks end within ``limit`` seconds, cancels the rest, and closes the connections.
 
     A connection is closed when it has sent all there is; for that, too, there is time up to the limit. Returns how
-    many have not come to that.
+    many have not come to that. Where the sessions are elsewhere as well, a connection is closed as soon as none of its
+    session's tasks is left here.
     """
     deadline = trio.current_time() + limit
     for connection in _connections(sessions()):
         connection.tell(Draining(limit))
-    await _wait_for_tasks(sessions, limit)
+    async with trio.open_nursery() as nursery:
+        for session in sessions() if are_elsewhere else ():
+            nursery.start_soon(_send_elsewhere, session)
+        await _wait_for_tasks(sessions, limit)
+        nursery.cancel_scope.cancel()
     for session in sessions():
         session.tasks.cancel()
     await _wait_for_tasks(sessions, CLOSING_TIME)
@@ -239,8 +244,18 @@ async def wind_down(sessions: Callable[[], Sequence[InUse]], limit: float) -> in
 async def _wait_for_tasks(sessions: Callable[[], Sequence[InUse]], limit: float) -> None:
     with trio.move_on_after(limit):
         for session in sessions():
-            await RunnersEnding(list(session.tasks.runners.values())).ended()
-            await session.settle()
+            await _wait_for(session)
+
+
+async def _wait_for(session: InUse) -> None:
+    await RunnersEnding(list(session.tasks.runners.values())).ended()
+    await session.settle()
+
+
+async def _send_elsewhere(session: InUse) -> None:
+    await _wait_for(session)
+    if session.attached:
+        session.attached.close(SERVICE_RESTART)
 
 
 def census_of(sessions: Sequence[InUse], kept: int, outbox_bytes: int, held_bytes: int) -> Census:

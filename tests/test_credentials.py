@@ -98,6 +98,7 @@ async def test_a_ticket_lets_a_browser_in_once() -> None:
         session_id, ticket = answer["session_id"], answer["ticket"]
         other = (await created(server))["session_id"]
         assert await refusal(server, f"/ws/{other}", protocols(ticket)) == 401
+        assert await refusal(server, "/ws/elsewhere", protocols(ticket)) == 404, "another server may have it"
         async with connected(server, session_id, subprotocols=["inference-trio", f"ticket.{ticket}"]) as socket:
             assert socket.subprotocol == "inference-trio"
             assert (await Client(socket, session_id).ask_model())["final_text"] == "Hello"

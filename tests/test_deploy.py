@@ -11,8 +11,8 @@ import shutil
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,14 @@ from tests.processes import reserved_port
 from tests.redis_server import running_redis
 from tests.test_main import SERVE, environment, wait_until_ready
 from tests.test_metrics import scrape
-from tests.upstream import Upstream, open_upstream
+from tests.upstream import Request, Upstream, open_upstream
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None and STRICT not in os.environ, reason="nginx is not installed")
+
+HERE = [f"127.0.0.{number}" for number in range(2, 18)]
+"""Addresses of clients: enough for nginx to use both servers."""
 
 STREAMING = [answers.text("Hel"), answers.pause("go on"), answers.text("lo"), answers.finish(), answers.done()]
 
@@ -88,15 +91,21 @@ class Front:
         return session_id
 
     @asynccontextmanager
-    async def connect(self, session_id: str, from_address: str = "127.0.0.1") -> AsyncIterator[Client]:
+    async def connect(
+        self, session_id: str, from_address: str = "127.0.0.1", query: str = "", **options: Any
+    ) -> AsyncIterator[Client]:
         plain = await trio.open_tcp_stream("127.0.0.1", self.port, local_address=from_address)
         stream = trio.SSLStream(plain, self.tls, server_hostname="127.0.0.1", https_compatible=True)
         async with trio.open_nursery() as nursery:
             socket = await trio_websocket.wrap_client_stream(
-                nursery, stream, f"127.0.0.1:{self.port}", f"/ws/{session_id}"
+                nursery, stream, f"127.0.0.1:{self.port}", f"/ws/{session_id}{query}", **options
             )
             yield Client(socket, session_id)
-            await socket.aclose()
+            await trio.aclose_forcefully(stream)  # trio-websocket fails where a ping crosses its own closing
+
+    def answered(self) -> set[str]:
+        """The statuses of all requests that are over."""
+        return set(re.findall(r'" (\d{3}) ', self.access_log.read_text()))
 
 
 def configured(folder: Path, port: int, urls: Sequence[str], nginx: dict[str, str]) -> ssl.SSLContext:
@@ -213,13 +222,12 @@ async def test_a_generation_streams_unbuffered_over_tls_from_one_of_two_processe
 @needs_nginx
 async def test_each_client_reaches_the_server_that_has_its_session(tmp_path: Path) -> None:
     """In memory a session is known to one server, and nginx goes by the client's address."""
-    clients = [f"127.0.0.{number}" for number in range(2, 18)]
     async with deployed(tmp_path, lambda _: answers.reply("x")) as it:
-        for address in clients:
+        for address in HERE:
             async with it.front.connect(await it.front.create_session(address), address) as client:
                 assert (await client.ask_model())["status_message"] == "completed"
         made = [(await scrape(server))["inference_sessions",] for server in it.servers]
-        assert sum(made) == len(clients)
+        assert sum(made) == len(HERE)
         assert min(made) > 0, "both are used"
 
 
@@ -246,9 +254,115 @@ async def test_new_sessions_go_to_the_server_that_is_left(tmp_path: Path) -> Non
         open_server(settings(upstream.base_url)) as left,
         fronted(tmp_path, [left.url, nobody]) as front,
     ):
-        for number in range(2, 18):
-            await front.create_session(f"127.0.0.{number}")
-        assert (await scrape(left))["inference_sessions",] == 16
+        for address in HERE:
+            await front.create_session(address)
+        assert (await scrape(left))["inference_sessions",] == len(HERE)
+
+
+STORES = pytest.mark.parametrize("store", ["memory", "redis"])
+
+
+@pytest.fixture
+def deployment(store: str, tmp_path: Path) -> Iterator[Callable[..., AbstractAsyncContextManager[Deployment]]]:
+    """`deployed` with what the store asks for."""
+    if store == "memory":
+        yield partial(deployed, tmp_path)
+        return
+    with running_redis() as redis:
+        yield partial(deployed, tmp_path, nginx=BALANCED, store=Secret(redis.url))
+
+
+def held_or_not(request: Request) -> answers.Answer:
+    return STREAMING if request.messages[-1]["content"] == "hold" else answers.reply("x")
+
+
+@needs_nginx
+@STORES
+async def test_while_a_server_stops_nothing_is_refused_and_what_runs_there_ends(store: str, deployment: Any) -> None:
+    """New clients stay connected: so the server that stops has the least of them."""
+    async with deployment(held_or_not, drain_seconds=3600.0) as it:
+        async with it.front.connect(await it.front.create_session()) as client, AsyncExitStack() as connected:
+            await client.generate("hold")
+            assert (await client.hear())["params"]["chunk"] == "Hel"
+            (stopping,) = [
+                server for server in it.servers if (await scrape(server))["inference_tasks", "streaming"] == 1
+            ]
+            stopping.shutdown.set()
+            assert (await client.hear())["method"] == "draining"
+            for address in HERE:
+                connection = it.front.connect(await it.front.create_session(address), address)
+                new = await connected.enter_async_context(connection)
+                assert (await new.ask_model())["status_message"] == "completed"
+            it.upstream.gate("go on").set()
+            *_, end = await client.until_end()
+            assert end["params"]["final_text"] == "Hello"
+            await closed(client)
+        for address in HERE:
+            await it.front.create_session(address)
+    assert it.front.answered() == {"101", "200"}
+
+
+@needs_nginx
+@STORES
+async def test_a_client_that_is_cut_off_from_a_server_that_stops_comes_back_to_where_its_session_is(
+    store: str, deployment: Any
+) -> None:
+    """In memory that is the same server, and with Redis the other one."""
+    async with deployment(held_or_not, drain_seconds=3600.0) as it:
+        session_id = await it.front.create_session()
+        async with it.front.connect(session_id) as client:
+            await client.generate("hold")
+            assert (await client.hear())["params"]["chunk"] == "Hel"
+            for server in it.servers:
+                if (await scrape(server))["inference_tasks", "streaming"] == 1:
+                    server.shutdown.set()
+            assert (await client.hear())["method"] == "draining"
+        for _ in range(4):
+            async with it.front.connect(session_id, query="?after=1") as client:
+                assert (await client.until("resumed"))["tasks"][0]["state"] == "streaming"
+        async with it.front.connect(session_id, query="?after=1") as client:
+            it.upstream.gate("go on").set()
+            *_, end = await client.until_end()
+            assert end["params"]["final_text"] == "Hello"
+    assert it.front.answered() == {"101", "200"}
+
+
+async def closed(client: Client) -> None:
+    with trio.fail_after(PATIENCE), pytest.raises(trio_websocket.ConnectionClosed) as over:
+        await client.socket.get_message()
+    assert over.value.reason is not None
+    assert over.value.reason.code == 1012
+
+
+@needs_nginx
+async def test_a_session_in_memory_is_found_at_whichever_server_made_it(tmp_path: Path) -> None:
+    """Also with a ticket, and one that is nowhere is nowhere."""
+    token = "a-token-of-the-tests"
+    bearer = {"Authorization": f"Bearer {token}"}
+    async with deployed(tmp_path, lambda _: answers.reply("x"), auth_tokens={"alice": Secret(token)}) as it:
+        async with it.front.http() as http:
+            session_id = (await http.post("/create_session", headers=bearer)).json()["session_id"]
+        for address in HERE:
+            async with it.front.http(address) as http:
+                answer = await http.post(f"/sessions/{session_id}/ticket", headers=bearer)
+                assert (await http.post("/sessions/nowhere/ticket", headers=bearer)).status_code == 404
+            offered = ["inference-trio", f"ticket.{answer.json()['ticket']}"]
+            async with it.front.connect(session_id, address, subprotocols=offered) as client:
+                assert (await client.ask_model())["status_message"] == "completed"
+
+
+@needs_nginx
+async def test_a_limit_is_told_to_whom_it_concerns_and_no_server_counts_as_down(tmp_path: Path) -> None:
+    async with deployed(tmp_path, lambda _: answers.reply("x"), max_sessions=1) as it:
+        made = [await it.front.create_session(), await it.front.create_session()]
+        for address in HERE:
+            async with it.front.http(address) as http:
+                full = await http.post("/create_session")
+                assert (full.status_code, full.json()["error"]["code"]) == (503, -32005)
+                assert int(full.headers["retry-after"]) > 0
+            for session_id in made:
+                async with it.front.connect(session_id, address) as client:
+                    assert (await client.ask_model())["status_message"] == "completed"
 
 
 @needs_nginx
@@ -329,7 +443,7 @@ def test_the_composed_nginx_has_the_servers_by_name(tmp_path: Path) -> None:
         script = script.replace(theirs, str(ours))
     subprocess.run([shell, option, script], check=True, timeout=60)
     site = (tmp_path / "x").read_text()
-    assert re.findall(r"^ +server (\S+);", site, re.MULTILINE) == ["one:8000", "two:8000"]
+    assert re.findall(r"^ +server (\S+) max_fails=0;", site, re.MULTILINE) == ["one:8000", "two:8000"]
     assert re.findall(r"^ +(least_conn|hash .*);", site, re.MULTILINE) == ["least_conn"]
     assert {"one", "two"} < services.keys()
 
