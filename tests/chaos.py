@@ -477,18 +477,18 @@ async def _left_in_redis(client: Any) -> list[str]:
 
 
 def holdings(town: Town, upstream: Upstream) -> Counter[str]:
-    """Of all workers together, without what they keep open on purpose: lines to Redis, and idle ones to the upstream.
+    """Threads, descriptors and Trio tasks by name, of all workers together.
 
-    Each line to Redis has three tasks of coredis.
+    Without what they keep open on purpose: lines to Redis, with coredis's tasks, and idle ones to the upstream.
     """
     to_redis = town.redis.ask("CLIENT", "LIST").count(b" addr=") - 1
     to_upstream = sum(not connection.closed.is_set() for connection in upstream.connections)
-    every = [worker.server.holdings() for worker in town.workers]
-    return Counter(
-        threads=sum(one.threads for one in every),
-        tasks=sum(one.tasks for one in every) - 3 * to_redis,
-        descriptors=sum(one.descriptors for one in every) - to_redis - to_upstream,
-    )
+    held = Counter(descriptors=-to_redis - to_upstream)
+    for server in (worker.server for worker in town.workers):
+        now = server.holdings()
+        held.update(threads=now.threads, descriptors=now.descriptors)
+        held.update({name: n for name, n in server.tasks().items() if not name.startswith("coredis.")})
+    return held
 
 
 async def check_workers(town: Town, upstream: Upstream, at_first: Counter[str]) -> None:
@@ -497,7 +497,7 @@ async def check_workers(town: Town, upstream: Upstream, at_first: Counter[str]) 
         while not (now := holdings(town, upstream)) <= at_first:  # noqa: ASYNC110
             await trio.sleep(0.2)
     if not now <= at_first:
-        town.wrong.append(f"workers have {now}, and {at_first} at first")
+        town.wrong.append(f"workers have {dict(now - at_first)} more than at first")
     for worker in town.workers:
         console = worker.server.console.read_text()
         town.wrong += [f"{worker.name}: {line}" for line in console.splitlines() if "defect" in line]

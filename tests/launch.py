@@ -4,7 +4,7 @@ The first argument has limits in place of the defaults of `ServerLimits`. It may
 `process.GRACE`, ``files``, the most that may be open, and ``stuck``: then the
 model is one whose threads react to nothing. ``serve`` is ours, anything else is for Hypercorn's command.
 
-On SIGUSR1 the process writes how many Trio tasks it has, a line on standard output; on SIGUSR2 how many blocks of
+On SIGUSR1 the process writes which Trio tasks it has, a line on standard output; on SIGUSR2 how many blocks of
 memory Python has in use, once it has collected its garbage and given back to the system what is free. Idle threads
 end at once: Trio would keep them for ten seconds, and a test could not tell them from those that were left behind.
 """
@@ -19,6 +19,7 @@ import resource
 import signal
 import sys
 import threading
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 
@@ -32,7 +33,13 @@ from inference_trio.hypercorn_fixes import ServerLimits
 
 
 def report_tasks(*_: object) -> None:
-    os.write(1, f"{trio.lowlevel.current_statistics().tasks_living}\n".encode())
+    names: Counter[str] = Counter()
+    tasks = [trio.lowlevel.current_root_task()]
+    while tasks:
+        if task := tasks.pop():
+            names[task.name] += 1
+            tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+    os.write(1, f"{json.dumps(names)}\n".encode())
 
 
 def report_memory(*_: object) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,7 +59,7 @@ class ServerProcess:
             peak=_bytes(status["VmHWM"]),
             descriptors=len(list((folder / "fd").iterdir())),
             threads=int(status["Threads"]),
-            tasks=self._tasks(),
+            tasks=self.tasks().total(),
         )
 
     def forget_the_peak(self) -> None:
@@ -66,15 +67,16 @@ class ServerProcess:
 
     def blocks(self) -> int:
         """Blocks of memory in use for Python's objects; before it counts, the process gives back what is free."""
-        return self._ask(signal.SIGUSR2)
+        return int(self._ask(signal.SIGUSR2))
 
-    def _tasks(self) -> int:
-        return self._ask(signal.SIGUSR1)
+    def tasks(self) -> Counter[str]:
+        """The Trio tasks that there are, by name."""
+        return Counter(json.loads(self._ask(signal.SIGUSR1)))
 
-    def _ask(self, number: signal.Signals) -> int:
+    def _ask(self, number: signal.Signals) -> str:
         assert self.process.stdout
         self.process.send_signal(number)
-        return int(self.process.stdout.readline())
+        return self.process.stdout.readline()
 
     async def wait_for(self, condition: Callable[[Holdings], bool], what: str) -> Holdings:
         """What the process holds, once this is true of it."""
