@@ -167,6 +167,7 @@ class Producer:
         foreign = others.decode().split(",") if others else []
         for task_id in foreign:
             self._open.pop(task_id, None)
+            self._changed.discard(task_id)
         return Appended(_numbered(entries, first, foreign), told.decode(), foreign)
 
     def _statuses(self) -> Iterator[Value]:
