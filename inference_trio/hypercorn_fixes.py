@@ -44,9 +44,12 @@ from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.typing import LifespanState, TaskGroup
+from hypercorn.utils import LifespanFailureError
 
 from .arriving import Arriving
 from .hypercorn_streams import OUTLET, BoundedHTTPStream, BoundedWSStream, OnlyHTTP1, overloaded
+
+logger = logging.getLogger(__name__)
 
 LINGER = 5.0
 """Seconds for which a connection that we close is still read, and an application is told that it ended."""
@@ -107,6 +110,10 @@ Trigger = Callable[[], Awaitable[None]]
 """Returns when the server is to stop."""
 
 
+class AppEndedError(Exception):
+    """What the application runs beside its requests has ended, while there still were to be some."""
+
+
 @attrs.frozen
 class Hooks:
     """What an application wants of the worker that serves it.
@@ -149,19 +156,47 @@ async def _serve_command(
 async def _serve(
     hooks: Hooks, app: Any, config: Config, *, shutdown_trigger: Trigger | None = None, **options: Any
 ) -> None:
-    """Hypercorn tells open WebSockets nothing when it stops: they are cut off when its time is over."""
+    """Hypercorn tells open WebSockets nothing when it stops: they are cut off when its time is over.
+
+    Where what an application runs beside its requests fails, Hypercorn logs at most that, and serves on, though nothing
+    may work any more. Here it ends, and AppEndedError is raised, in a group.
+    """
     hooks.before_start(config)
     config.graceful_timeout = STOPPING_TIME
     config.alpn_protocols = ["http/1.1"]
     # Else it writes to stderr by itself, as well as through `logging`.
     config.errorlog = logging.getLogger("hypercorn.error")
 
-    async def told_and_ready(trigger: Trigger) -> None:
-        await trigger()
+    ended = trio.Event()
+
+    async def told_and_ready() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_raise_after, ended)
+            await (shutdown_trigger or trio.sleep_forever)()
+            nursery.cancel_scope.cancel()
         await hooks.before_stop()
 
-    trigger = partial(told_and_ready, shutdown_trigger) if shutdown_trigger else None
-    await plain_worker_serve(app, config, shutdown_trigger=trigger, **options)
+    await plain_worker_serve(partial(_run_app, app, ended), config, shutdown_trigger=told_and_ready, **options)
+
+
+async def _run_app(app: Any, ended: trio.Event, scope: Any, *args: Any) -> None:
+    """``ended`` is set when the lifespan is over. What it fails with is logged; not what its start fails with."""
+    if scope["type"] != "lifespan":
+        await app(scope, *args)
+        return
+    try:
+        await app(scope, *args)
+    except* LifespanFailureError:
+        raise
+    except* Exception:
+        logger.exception("defect in the server: it ends")
+    finally:
+        ended.set()
+
+
+async def _raise_after(ended: trio.Event) -> None:
+    await ended.wait()
+    raise AppEndedError
 
 
 class BoundedTCPServer(TCPServer):

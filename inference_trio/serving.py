@@ -20,6 +20,7 @@ from hypercorn.config import Config
 from quart_trio import QuartTrio
 
 from .errors import ConfigurationError
+from .hypercorn_fixes import AppEndedError
 from .logs import configure_logging
 from .process import BACKLOG, USAGE_ERROR, announce, complain, leave, loading, watch_signals
 from .settings import Settings
@@ -55,6 +56,9 @@ def run(bind: str, worker: Worker | None = None) -> int:
         while isinstance(reason, ExceptionGroup):
             reason = reason.exceptions[0]
         complain(f"cannot serve {f'as worker {worker.number}' if worker else f'on {bind}'}: {reason}")
+        status = 1
+    except* AppEndedError:
+        complain("the server has a defect, see the log")
         status = 1
     finally:
         stop_logging()

@@ -1,8 +1,8 @@
 """The server's commands as a test needs them: ``python -m tests.launch '{"write_timeout": 1}' serve --port 0``.
 
 The first argument has limits in place of the defaults of `ServerLimits`. It may have ``grace``, in place of
-`process.GRACE`, ``files``, the most that may be open, and ``stuck``: then the
-model is one whose threads react to nothing. ``serve`` is ours, anything else is for Hypercorn's command.
+`process.GRACE`, and ``files``, the most that may be open. With ``stuck`` the model is one whose threads react to
+nothing; with ``broken`` what serves the metrics fails. ``serve`` is ours, anything else is for Hypercorn's command.
 
 On SIGUSR1 the process writes which Trio tasks it has, a line on standard output; on SIGUSR2 how many blocks of
 memory Python has in use, once it has collected its garbage and given back to the system what is free. Idle threads
@@ -53,6 +53,10 @@ class StuckModel:
         await trio.to_thread.run_sync(threading.Event().wait)
 
 
+async def fail(_: object) -> None:
+    raise FileNotFoundError
+
+
 options, *arguments = sys.argv[1:]
 limits = json.loads(options)
 # All of this also in a worker, for which Hypercorn's command starts this module anew.
@@ -62,6 +66,8 @@ if files := limits.pop("files", None):
     resource.setrlimit(resource.RLIMIT_NOFILE, (files // 2, files))
 if limits.pop("stuck", False):
     server.open_model = lambda settings: nullcontext(StuckModel())
+if limits.pop("broken", False):
+    server.Metrics.serve = fail  # type: ignore[method-assign]
 server.ServerLimits = partial(ServerLimits, **limits)  # type: ignore[misc, assignment]
 trio._core._thread_cache.IDLE_TIMEOUT = 0.01
 

@@ -41,7 +41,7 @@ from wsproto.events import BytesMessage, CloseConnection, Message, Ping, Pong, T
 
 from inference_trio import hypercorn_fixes
 from inference_trio.arriving import Arriving
-from inference_trio.hypercorn_fixes import Hooks, ServerLimits, install
+from inference_trio.hypercorn_fixes import AppEndedError, Hooks, ServerLimits, install
 from inference_trio.hypercorn_streams import BoundedWebsocket, OnlyHTTP1
 from tests.sockets import HANDSHAKE, Client, connected, everything, pour, pour_out
 
@@ -853,6 +853,49 @@ async def turns_of_others() -> int:
         await client.next(Pong)
         nursery.cancel_scope.cancel()
     return turns
+
+
+# An application that fails beside its requests
+
+
+def failing() -> tuple[ToyApp, trio.Event]:
+    """An app, and what makes a task in its nursery fail."""
+    app, fail = ToyApp(), trio.Event()
+
+    async def run() -> None:
+        await fail.wait()
+        raise RuntimeError
+
+    async def start() -> None:
+        app.nursery.start_soon(run)
+
+    app.before_serving(start)
+    return app, fail
+
+
+async def test_an_application_that_fails_ends_its_server() -> None:
+    install(LIMITS)
+    app, fail = failing()
+    failures: list[BaseException] = []
+    with trio.fail_after(10):
+        try:
+            async with serving(app) as port, connected(port):
+                fail.set()
+                await trio.sleep_forever()
+        except* AppEndedError as group:
+            failures.append(group)
+    assert failures
+
+
+async def test_without_it_it_is_served_on() -> None:
+    app, fail = failing()
+    async with serving(app) as port, connected(port) as before:
+        fail.set()
+        await before.send(TextMessage(data="hi"))
+        assert await before.message() == "'hi'"
+        async with connected(port) as after:
+            await after.send(TextMessage(data="hi"))
+            assert await after.message() == "'hi'"
 
 
 # Installing

@@ -26,6 +26,7 @@ from tests.test_local_model import ask_weather, needs_model
 
 SERVE = [sys.executable, "-m", "inference_trio", "serve"]
 HYPERCORN = [sys.executable, "-m", "hypercorn", "inference_trio.app:app", "--worker-class", "trio"]
+ROOT = Path(__file__).parent.parent
 STARTS_WITHIN = 100  # seconds; only a defect takes so long
 
 
@@ -106,6 +107,15 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
         ended = run([*SERVE, "--port", port], tmp_path, DEEPSEEK_API_KEY=KEY)
     assert (ended.returncode, len(ended.stderr.splitlines())) == (1, 1)
     assert port in ended.stderr
+
+
+def test_a_server_that_fails_ends_and_says_so() -> None:
+    command = [sys.executable, "-m", "tests.launch", '{"broken": true}', "serve", "--port", "0"]
+    ended = run(command, ROOT, DEEPSEEK_API_KEY=KEY, INFERENCE_LOG_FILE="")
+    assert ended.returncode == 1
+    assert "defect in the server: it ends" in ended.stderr
+    assert "FileNotFoundError" in ended.stderr
+    assert "inference-trio: the server has a defect, see the log" in ended.stderr.splitlines()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
