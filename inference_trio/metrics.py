@@ -143,6 +143,9 @@ class Metrics:
             if wait.ended_at is not None:
                 self._tools.observe(wait.ended_at - wait.started_at)
 
+    def task_lost(self, model: str) -> None:
+        self._tasks.labels(model, "worker_lost").inc()
+
     async def watch_event_loop(self) -> None:
         """Never returns."""
         while True:

@@ -27,10 +27,10 @@ class Limits:
         reply = await worker.link.run("enter", worker.for_all, *terms)
         _check(reply, "sessions", self.settings.max_sessions, owner.max_sessions, owner)
 
-    async def admit(self, worker: Worker, session_id: str, task_id: str, owner: Owner) -> None:
+    async def admit(self, worker: Worker, session_id: str, task_id: str, owner: Owner, model: str) -> None:
         """Counts one more task. Raises OverloadedError where it would be too many."""
         limits = (self.settings.max_tasks, _limit(owner.max_tasks), _limit(owner.requests_per_minute))
-        terms = (worker.id, task_id, session_id, name_of(owner), *limits)
+        terms = (worker.id, task_id, session_id, name_of(owner), *limits, model)
         reply = await worker.link.run("admit", worker.for_all, *terms)
         _check(reply, "tasks", self.settings.max_tasks, owner.max_tasks, owner)
 

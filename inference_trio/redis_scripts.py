@@ -42,15 +42,16 @@ while. What a reply asks its reader to do (tell somebody) is asked again by the 
 facts, not who was told, so a copy that nobody listens to changes nothing.
 
 Leases. A worker renews its lease every second. When one has run out, every other worker ends what it ran: FAIL removes
-the task and appends its `error` in one step, so that however many do it, it happens once; its connections count as
-detached. Then the worker is removed. A worker that finds its lease gone, for whatever reason, has been ended by others
-(or Redis lost its data): it drops all it has, without a word to the log, closes its connections so that their clients
-come back, and begins again under a new name. Appends of tasks that are not its own any more are refused. Where nobody
-could renew, it was Redis that was away: all leases are prolonged.
+the task and appends its `error` in one step, so that however many do it, it happens once, and one of them learns that
+it was the one; its connections count as detached. Then the worker is removed. A worker that finds its lease gone, for
+whatever reason, has been ended by others (or Redis lost its data): it drops all it has, without a word to the log,
+closes its connections so that their clients come back, and begins again under a new name. Appends of tasks that are
+not its own any more are refused. Where nobody could renew, it was Redis that was away: all leases are prolonged.
 
 Eras. Redis may come back with less than it had. Renewals are counted, and an append names the one before, a read what
 was read before: whoever finds that Redis is behind begins a new era, in which none of the earlier sessions exists. So a
-client is told 404, and never gets other text under a number that it knows.
+client is told 404, and never gets other text under a number that it knows. (To a worker that was ended and has not
+noticed, what others did looks the same: so only one whose lease is in force may.)
 """
 
 from __future__ import annotations

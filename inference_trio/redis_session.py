@@ -216,12 +216,12 @@ class RedisSession:
         if appended.connection:
             self.worker.tell(appended.connection, ["look", self.id])
         for task_id in appended.others:
-            self.tasks.cancel(task_id)
+            self.tasks.drop(task_id)
 
     def end(self) -> None:
         """The session is no more, or this worker has lost it: a client that comes back learns which."""
         self.producer.close()
-        self.tasks.cancel()
+        self.tasks.drop()
         if self._here:
             self._here.connection.close(SERVICE_RESTART)
 
@@ -247,7 +247,7 @@ class RedisSession:
     async def _register(self, runner: Runner, connection: str) -> None:
         status = msgspec.json.encode(TaskStatus(runner.task.id, runner.task.state.value, []))
         most = self.store.settings.max_tasks_per_session
-        await self.store.limits.admit(self.worker, self.id, runner.task.id, self.owner)
+        await self.store.limits.admit(self.worker, self.id, runner.task.id, self.owner, runner.model_name)
         reply = await self._run("register", self.worker.id, runner.task.id, status, connection, most)
         if reply[0] == b"many":
             raise too_many("tasks", most, "in this session")

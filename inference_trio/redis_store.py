@@ -59,7 +59,7 @@ class RedisStore:
         """Lives in Redis, one life after another."""
         while True:
             async with trio.open_nursery() as nursery:
-                worker = Worker(self.link, int(self.settings.session_ttl * 1000), self._seen, nursery)
+                worker = Worker(self.link, int(self.settings.session_ttl * 1000), self._seen, nursery, self._tell_loss)
                 await worker.join()
                 self._worker = worker
                 self.is_ready.set()
@@ -78,6 +78,10 @@ class RedisStore:
         worker.is_over = True
         for session in self._in_use(worker):
             session.end()
+
+    def _tell_loss(self, model: str) -> None:
+        for observer in self.observers:
+            observer.task_lost(model)
 
     def _in_use(self, worker: Worker) -> list[RedisSession]:
         return [session for session in worker.in_use() if isinstance(session, RedisSession)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -66,12 +67,16 @@ class Resident(Protocol):
 
 @attrs.define(eq=False)
 class Worker:
-    """``seen`` is the highest count of renewals that this process has seen; ``ttl`` (ms) is that of sessions."""
+    """``seen`` is the highest count of renewals that this process has seen; ``ttl`` (ms) is that of sessions.
+
+    ``on_loss`` is called for each task of another worker that this one has ended, with the name of its model.
+    """
 
     link: Link
     ttl: int
     seen: int
     nursery: trio.Nursery
+    on_loss: Callable[[str], None] = lambda _: None
     id: str = attrs.field(factory=lambda: secrets.token_hex(6))
     era: str = ""
     is_over: bool = False
@@ -180,22 +185,27 @@ class Worker:
             if b":" in name:
                 await self.release(worker, name.decode(), value.decode())
             else:
-                await self._fail(worker, name.decode(), *value.decode().split(" "))
+                await self._fail(worker, name.decode(), *value.decode().split(" ", 2))
         await self.link.run("bury", self.for_all, worker, within=FOREVER)
         self._burying.discard(worker)
 
-    async def _fail(self, worker: str, task_id: str, session_id: str, owner: str) -> None:
+    async def _fail(self, worker: str, task_id: str, session_id: str, owner: str, model: str) -> None:
         error = BrokenStreamError("The worker that ran this task is gone", reason="worker lost")
-        await self.end_task("fail", session_id, worker, task_id, error)
+        if await self.end_task("fail", session_id, worker, task_id, error):
+            self.on_loss(model)
         await self.link.run("dismiss", self.for_all, worker, task_id, owner, within=FOREVER)
 
-    async def end_task(self, name: str, session_id: str, of: Value, task_id: str, error: InferenceError) -> None:
-        """Removes a task that does not run, by this script, and has its connection told of the error."""
+    async def end_task(self, name: str, session_id: str, of: Value, task_id: str, error: InferenceError) -> bool:
+        """Removes a task that does not run, by this script, and has its connection told of the error.
+
+        Whether `fail` says that it was this worker that has ended it.
+        """
         note = encoded(Error(task_id=task_id, error=error.to_wire()))
         key = self.session_key(session_id)
-        reply = await self.link.run(name, key, self.ttl, of, task_id, note, OVERHEAD, within=FOREVER)
+        reply = await self.link.run(name, key, self.ttl, of, task_id, note, OVERHEAD, self.id, within=FOREVER)
         if reply[0] == b"ok" and reply[1]:
             self.tell(reply[1].decode(), ["look", session_id])
+        return bool(reply[2:] == [1])
 
     async def release(
         self, worker: str, connection: str, session_id: str, taken: int | str = "", owner: str = ""

@@ -105,6 +105,9 @@ class Observer(Protocol):
 
     def task_ended(self, report: TaskReport) -> None: ...
 
+    def task_lost(self, model: str) -> None:
+        """Told of a task that another worker ran, which is gone: of all that are left, to one."""
+
 
 @attrs.define
 class Timeline:

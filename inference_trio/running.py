@@ -116,6 +116,11 @@ class RunningTasks:
             runner.cancel()
         return RunnersEnding(runners)
 
+    def drop(self, task_id: str | None = None) -> None:
+        """Cancels as well, but nobody is told of the end here: these tasks have ended elsewhere, and otherwise."""
+        for runner in self.cancel(task_id).runners:
+            runner.observers = ()
+
     def statuses(self) -> list[TaskStatus]:
         return [status_of(runner.task) for runner in self.runners.values()]
 

@@ -68,6 +68,9 @@ class Spans:
     def attempt_failed(self, model: str, failure: FailedAttempt) -> None:
         """Nothing yet: it is in the report."""
 
+    def task_lost(self, model: str) -> None:
+        """Nothing: what there was of it is lost, too."""
+
     def task_ended(self, report: TaskReport) -> None:
         parent = TraceContextTextMapPropagator().extract({"traceparent": report.traceparent or ""}, Context())
         trace = _Trace(report, self._provider, time.time_ns())

@@ -261,6 +261,8 @@ class Play:
 
     def attempt_failed(self, *_: Any) -> None: ...
 
+    def task_lost(self, _: str) -> None: ...
+
     def task_ended(self, report: Any) -> None:
         self.ended.append(report.task_id)
 

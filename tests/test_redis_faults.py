@@ -27,6 +27,7 @@ from .fakes import FakeModel, FakeWebSocket, finish, hang, text
 from .harness import PATIENCE
 from .redis_server import RedisServer, running_redis
 from .test_connection import CALLS, HELLO, TOOL, numbers, text_of, transcript
+from .test_report import Notebook
 from .test_store_contract import Workers
 
 
@@ -51,13 +52,17 @@ class Mortal(Workers):
 
     redis: RedisServer
     scopes: list[trio.CancelScope] = attrs.field(factory=list)
+    notebooks: list[Notebook] = attrs.field(factory=list)
+    """What the observers of each were told."""
 
     async def start(self, settings: Any) -> None:
         await self.nursery.start(self._live, settings)
 
     async def _live(self, settings: Any, task_status: trio.TaskStatus[None]) -> None:
         with trio.CancelScope() as scope:
-            async with open_redis_store(settings, self.model, lambda _: self.owner) as store:
+            self.notebooks.append(Notebook())
+            observers = self.notebooks[-1:]
+            async with open_redis_store(settings, self.model, lambda _: self.owner, observers) as store:
                 self.stores.append(store)
                 self.scopes.append(scope)
                 task_status.started()
@@ -147,6 +152,84 @@ async def test_between_rounds_too(redis: RedisServer) -> None:
         frames = await transcript(await it.connect(1, first.session_id, after=2))
         assert frames[0]["params"]["tasks"] == [] or frames[0]["params"]["tasks"][0]["state"] == "streaming"
         assert frames[-1]["params"]["error"]["data"] == {"reason": "worker lost"}
+
+
+@pytest.mark.parametrize(
+    "seed", [None, *range(6)], ids=lambda seed: "reliable" if seed is None else f"unreliable-{seed}"
+)
+async def test_a_task_that_is_lost_is_counted_once(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """By one of all that are left, and with its model; also where replies are lost."""
+    async with mortals(redis, [hang], allowed_models=("a model", "another one")) as it:
+        for model in (None, "a model", "another one"):
+            socket = await it.connect(0, await it.create(0))
+            socket.call("generate", {"message": "hi"} | ({"model": model} if model else {}))
+            await socket.hear()
+        if seed is not None:
+            unreliable = Unreliable(seed)
+            monkeypatch.setattr(Link, "_run", lambda *arguments: unreliable.run(*arguments))
+        lost, *left = [store.worker for store in it.stores]
+        it.kill(0)
+        while lost.id.encode() in redis.ask("ZRANGE", f"{lost.for_all}:leases", "0", "-1") or any(
+            worker._burying for worker in left
+        ):
+            await pause()
+        counted = [model for notebook in it.notebooks for model in notebook.lost]
+        assert sorted(counted) == sorted(["a model", "another one", it.stores[0].settings.model_name])
+
+
+async def test_a_task_whose_worker_lives_but_was_given_up_is_not_counted_there_too(redis: RedisServer) -> None:
+    async with mortals(redis, [text("Hel"), hang]) as it:
+        socket, _ = await it.started(0)
+        life = it.stores[0].worker
+        tasks = life.sessions[socket.session_id].tasks
+        redis.ask("ZADD", f"{life.for_all}:leases", "1", life.id)
+        while not any(notebook.lost for notebook in it.notebooks) or tasks.runners:
+            await pause()
+        assert [notebook.reports for notebook in it.notebooks] == [[], [], []]
+
+
+async def test_nor_where_it_learns_of_that_from_what_it_has_to_tell(redis: RedisServer) -> None:
+    go_on = trio.Event()
+    async with mortals(redis, [fakes.wait(go_on), text("Hello"), hang]) as it:
+        socket, heard = await it.started(0, 1)
+        worker, task_id = it.stores[0].worker, heard[0]["result"]["task_id"]
+        await it.stores[1].worker._fail(worker.id, task_id, socket.session_id, "", "fake")
+        go_on.set()
+        while worker.sessions[socket.session_id].tasks.runners:
+            await pause()
+        assert [notebook.lost for notebook in it.notebooks] == [[], ["fake"], []]
+        assert [notebook.reports for notebook in it.notebooks] == [[], [], []]
+
+
+async def test_a_worker_that_was_given_up_and_does_not_know_yet_ends_nothing_of_others(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it misses in Redis was not forgotten, but ended by others: no other era begins."""
+    go_on, renewal = trio.Event(), trio.Event()
+    keep = redis_worker.Worker._keep_lease
+
+    async def keep_late(self: redis_worker.Worker) -> bool:
+        if self is life and not renewal.is_set():
+            await renewal.wait()
+        return await keep(self)
+
+    async with mortals(redis, [text("Hel"), fakes.wait(go_on), text("lo"), hang]) as it:
+        socket, _ = await it.started(0)
+        life = it.stores[0].worker
+        monkeypatch.setattr(redis_worker.Worker, "_keep_lease", keep_late)
+        await pause()
+        redis.ask("ZADD", f"{life.for_all}:leases", "1", life.id)
+        while not any(notebook.lost for notebook in it.notebooks):
+            await pause()
+        go_on.set()
+        await socket.gone.wait()
+        renewal.set()
+        while not life.is_over or not is_ready(it.stores[0]):
+            await pause()
+        assert {store.worker.era for store in it.stores} == {life.era}
+        assert (await whole(it, 1, socket.session_id))[-1]["method"] == "error"
 
 
 async def test_a_connection_at_another_worker_is_told_and_limits_heal(redis: RedisServer) -> None:

@@ -25,12 +25,16 @@ class Notebook:
     def __init__(self) -> None:
         self.failures: list[FailedAttempt] = []
         self.reports: list[TaskReport] = []
+        self.lost: list[str] = []
 
     def attempt_failed(self, model: str, failure: FailedAttempt) -> None:
         self.failures.append(failure)
 
     def task_ended(self, report: TaskReport) -> None:
         self.reports.append(report)
+
+    def task_lost(self, model: str) -> None:
+        self.lost.append(model)
 
 
 def observed(*rounds: list[Any], **options: Any) -> tuple[Runner, Notebook]:

@@ -23,6 +23,7 @@ from tests.processes import server_process
 from tests.proxy import Direction, Fate, How, Proxy
 from tests.redis_server import RedisServer, running_redis
 from tests.test_connection import numbers, text_of
+from tests.test_metrics import scrape
 from tests.test_resume import CUTS, ROUNDS, TOOLS, UNCUT, Scene, content
 from tests.transcripts import Transcript, check_that_no_number_had_two_meanings
 from tests.upstream import Upstream, open_upstream
@@ -145,6 +146,8 @@ async def test_a_server_that_is_killed_costs_each_of_its_tasks_one_error_whateve
         victim_process.process.send_signal(signal.SIGKILL)
         for client, heard in clients.values():
             await check_the_error(client, heard)
+        counted = await scrape(survivor)
+        assert counted["inference_tasks_ended_total", "worker_lost", "deepseek-chat"] == len(LIVES)
         upstream.script(*[(answers.text("Hello"), answers.finish(), answers.done())] * len(LIVES))
         for session_id, (client, _) in clients.items():
             assert (await client.ask_model())["final_text"] == "Hello"

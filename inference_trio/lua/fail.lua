@@ -1,7 +1,8 @@
--- ttl, worker that is lost, task, note of its error, size -> 'ok', connection to tell
-local status = redis.call('HGET', tasks, ARGV[3])
+-- ttl, worker that is lost, task, note of its error, size, worker that says so
+-- -> 'ok', connection to tell, 1 where it is this one that has ended the task
+local status, by_this = redis.call('HGET', tasks, ARGV[3]), ARGV[3] .. '=' .. ARGV[6]
 if not status then make_past(ARGV[3]) end
-if not is_of(ARGV[2], ARGV[3]) then return {'ok', s.conn} end
+if not is_of(ARGV[2], ARGV[3]) then return {'ok', s.conn, is_past(by_this) and 1 or 0} end
 local note, text = cjson.decode(ARGV[4]), {}
 if s.base <= tonumber(string.match(status, '^%S+ (%S+)')) then
     for _, entry in ipairs(redis.call('XRANGE', log, '-', '+')) do
@@ -11,8 +12,9 @@ if s.base <= tonumber(string.match(status, '^%S+ (%S+)')) then
 end
 if #text > 0 then note[2].error.data.partial_text = table.concat(text) end
 remove(ARGV[3])
+make_past(by_this)
 redis.call('HDEL', key, 'batch:' .. ARGV[2])
 local text_of_note = cjson.encode(note)
 add(text_of_note, tonumber(ARGV[5]) + #text_of_note)
 save(ARGV[1])
-return {'ok', s.conn}
+return {'ok', s.conn, 1}
