@@ -23,11 +23,10 @@ from collections.abc import Callable
 import attrs
 import trio
 
+from .logs import Seldom
+
 SMALL = 16 * 1024
 """Bytes."""
-
-LOG_PERIOD = 60.0
-"""Seconds between two lines of the log on those who give way, of whom there may be hundreds at once."""
 
 _OVERHEAD = 100
 """Bytes for the objects that hold a message; an empty one has to count too."""
@@ -51,8 +50,7 @@ class Arriving:
     """When the first of them became the first."""
     waiting: dict[Share, trio.Event] = attrs.field(factory=dict)
     """Of these, those that have to wait, and what tells them that they need not any more."""
-    _gave_way: int = 0
-    _silent_until: float = 0.0
+    _drops: Seldom = attrs.field(factory=Seldom)
 
     @property
     def first(self) -> Share | None:
@@ -74,10 +72,8 @@ class Arriving:
     def drop(self, share: Share) -> None:
         share.end()
         share.give_way()
-        self._gave_way += 1
-        if (now := trio.current_time()) >= self._silent_until:
-            logger.warning("messages and bodies dropped, as too many were coming at a time: %d", self._gave_way)
-            self._gave_way, self._silent_until = 0, now + LOG_PERIOD
+        if count := self._drops.one_more(trio.current_time()):
+            logger.warning("messages and bodies dropped, as too many were coming at a time: %d", count)
 
 
 @attrs.define(eq=False)

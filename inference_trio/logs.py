@@ -21,15 +21,21 @@ import contextvars
 import json
 import logging
 import logging.handlers
+import math
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from .errors import ConfigurationError
 from .settings import Settings
 from .variables import SHORTEST_KEY, Secret
+
+LOG_PERIOD = 60.0
+"""Seconds between two lines on what happens again and again."""
 
 _OWN_LOGGERS = ("inference_trio", "hypercorn.error")
 _QUEUE_LINES = 8192
@@ -79,6 +85,22 @@ def log_context(
         yield
     finally:
         _context.reset(token)
+
+
+@attrs.define(eq=False)
+class Seldom:
+    """For what may happen hundreds of times a second: whether the log is to have a line on it now."""
+
+    _count: int = 0
+    _silent_until: float = -math.inf
+
+    def one_more(self, now: float) -> int:
+        """How many there were since the last line (times are in seconds); 0 where it is too early for another."""
+        self._count += 1
+        if now < self._silent_until:
+            return 0
+        count, self._count, self._silent_until = self._count, 0, now + LOG_PERIOD
+        return count
 
 
 def _file_sinks(path: Path | None) -> list[logging.Handler]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import ssl
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -27,6 +28,7 @@ from coredis.exceptions import NoScriptError, RedisError, ResponseError
 from coredis.retry import NoRetryPolicy
 
 from .errors import OverloadedError
+from .logs import Seldom
 from .redis_scripts import script
 from .variables import SENTINELS
 
@@ -104,6 +106,8 @@ class Link:
     _failed: trio.Event = attrs.field(factory=trio.Event)
     _was_told: bool = False
     """Whether the log knows that Redis is away."""
+    _refusals: defaultdict[str, Seldom] = attrs.field(factory=lambda: defaultdict(Seldom))
+    """By the name of the script."""
     _calls: list[Call] = attrs.field(factory=list)
     _has_calls: trio.Event = attrs.field(factory=trio.Event)
     _looks: int = 0
@@ -164,7 +168,8 @@ class Link:
                 except AwayError:
                     pass
                 except ResponseError as error:  # out of memory, or a defect of the script
-                    logger.error("Redis refuses %s: %s", name, error)  # noqa: TRY400 (its message says it all)
+                    if count := self._refusals[name].one_more(trio.current_time()):
+                        logger.error("Redis refuses %s (%d): %s", name, count, error)  # noqa: TRY400 (that says it all)
                     await trio.sleep(PAUSE)
         raise OverloadedError("The store of the sessions does not answer", retry_after=RETRY_AFTER)
 

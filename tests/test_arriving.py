@@ -7,7 +7,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from inference_trio.arriving import LOG_PERIOD, SMALL, Arriving, Share
+from inference_trio.arriving import SMALL, Arriving, Share
+from inference_trio.logs import LOG_PERIOD
 
 PATIENCE = 5.0
 LONGEST_WAIT = 30.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -13,6 +14,7 @@ import trio.testing
 from coredis.exceptions import ResponseError
 
 from inference_trio import redis_link
+from inference_trio.logs import LOG_PERIOD
 from inference_trio.redis_link import LONGEST_DEBT, LOOK_INTERVAL, AwayError, Link, Value
 from inference_trio.redis_scripts import script
 
@@ -114,6 +116,24 @@ async def test_a_script_that_is_refused_does_not_hold_up_the_others(autojump_clo
         client.refuses = ""
     assert replies == [1, 1, 1]
     assert client.asked[1:] == [["load"]]
+
+
+async def test_refusals_are_in_the_log_once_a_minute(autojump_clock: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """However many wait; for each script, and with how many there were."""
+    client = Client(1, refuses="load")
+    client.answers.set()
+    async with linked(client) as link, trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(partial(link.run, "load", "load", within=redis_link.FOREVER))
+        await trio.sleep(LOG_PERIOD - 1)
+        earlier = sum(map(len, client.asked))
+        await trio.sleep(1 + redis_link.PAUSE)
+        client.refuses = ""
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "Redis refuses load (1): no"
+    assert (
+        earlier <= int(second.removeprefix("Redis refuses load (").removesuffix("): no")) < sum(map(len, client.asked))
+    )
 
 
 async def test_whoever_waits_for_a_client_that_is_given_up_asks_the_next_one(autojump_clock: Any) -> None:
