@@ -52,7 +52,7 @@ class _Now:
             census = self.census()
         except OverloadedError:
             return
-        yield GaugeMetricFamily("inference_sessions", "Sessions kept", census.sessions)
+        yield GaugeMetricFamily("inference_sessions", "Sessions kept; with Redis, those in use here", census.sessions)
         yield GaugeMetricFamily("inference_connections", "Sessions with a WebSocket", census.connections)
         tasks = GaugeMetricFamily("inference_tasks", "Tasks running, by their state", labels=["state"])
         for state, count in census.tasks.items():
