@@ -9,7 +9,8 @@ The parent serves nothing itself. It binds the port, starts the workers (`servin
   is wrong with the settings is said once.
 * Told to stop, the parent shuts its end of the socket to each worker, and waits for them. That is also what a worker
   sees when the parent is killed, so none outlives it for longer than a stop takes. They are in sessions of their own:
-  Ctrl-C in a terminal is for the parent alone, and so are the signals that it counts.
+  Ctrl-C in a terminal is for the parent alone, and so are the signals that it counts. A worker that is not ready yet
+  gets SIGTERM, as it listens to nobody.
 * A second signal kills them, and so does the end of the time that each has to end by itself.
 
 So a worker that gets a signal from elsewhere (a manager of services may send SIGTERM to all there are) counts it as its
@@ -153,9 +154,10 @@ class Workers:
                     start_new_session=True,
                 )
             try:
+                is_ready = trio.Event()
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._hear, stream, number, worker.pid)
-                    nursery.start_soon(self._tell, stream)
+                    nursery.start_soon(self._hear, number, worker, stream, is_ready)
+                    nursery.start_soon(self._tell, worker, stream, is_ready)
                     status = await worker.wait()
                     nursery.cancel_scope.cancel()
             finally:
@@ -164,19 +166,22 @@ class Workers:
                     await worker.wait()
         return status
 
-    async def _hear(self, stream: trio.SocketStream, number: int, pid: int) -> None:
+    async def _hear(self, number: int, worker: trio.Process, stream: trio.SocketStream, is_ready: trio.Event) -> None:
         address = (await stream.receive_some()).decode()
         if address:
-            logger.info("worker %d is ready: pid %d", number, pid)
-            self._is_ready(address)
+            is_ready.set()
+            logger.info("worker %d is ready: pid %d", number, worker.pid)
+            self._count(address)
 
-    async def _tell(self, stream: trio.SocketStream) -> None:
+    async def _tell(self, worker: trio.Process, stream: trio.SocketStream, is_ready: trio.Event) -> None:
         await self._is_stopping.wait()
+        if not is_ready.is_set():
+            worker.terminate()
         with suppress(trio.BrokenResourceError):
             await stream.send_eof()
 
-    def _is_ready(self, address: str) -> None:
-        """Called for each worker that is, those that replace others included."""
+    def _count(self, address: str) -> None:
+        """Called for each worker that is ready, those that replace others included."""
         if self._ready == self.count:
             return
         self._ready += 1

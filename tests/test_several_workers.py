@@ -92,8 +92,10 @@ async def ended(it: Workers) -> int:
 
 
 @asynccontextmanager
-async def running(it: Workers, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Callable[[], list[tuple[str, str]]]]:
-    """From when both are ready, until they have ended. Gives which were ready so far, with their process's id."""
+async def running(
+    it: Workers, caplog: pytest.LogCaptureFixture, from_when: int = 2
+) -> AsyncIterator[Callable[[], list[tuple[str, str]]]]:
+    """From when so many are ready, until all have ended. Gives which were ready so far, with their process's id."""
     caplog.set_level("INFO")
 
     def ready() -> list[tuple[str, str]]:
@@ -101,7 +103,7 @@ async def running(it: Workers, caplog: pytest.LogCaptureFixture) -> AsyncIterato
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ended, it)
-        await until(lambda: len(ready()) == 2)
+        await until(lambda: len(ready()) == from_when)
         yield ready
         it._stop()
 
@@ -158,6 +160,14 @@ async def test_a_stop_does_not_wait_for_a_worker_that_is_still_to_begin(
     async with running(two(LIVE), caplog) as ready:
         os.kill(int(ready()[1][1]), signal.SIGKILL)
         await until(lambda: "another one begins" in caplog.messages[-1])
+
+
+async def test_a_stop_does_not_wait_for_a_worker_that_is_not_ready_yet(
+    two: Callable[[str], Workers], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(two(f"[ $4 = 2 ] && exec sleep 1000; {LIVE}"), caplog, from_when=1):
+        pass
+    assert len(caplog.messages) == 1
 
 
 async def test_the_first_signal_stops_all_and_the_second_one_kills_them(
