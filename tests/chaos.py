@@ -100,6 +100,8 @@ class Town:
         variables = VARIABLES | {"INFERENCE_STORE": self.redis.url, "DEEPSEEK_API_KEY": name}
         process = server_process(folder, self.upstream_url, **variables)
         server = await trio.to_thread.run_sync(stack.enter_context, process)
+        async with httpx2.AsyncClient(base_url=server.url) as http:  # when it has answered, all of it is there
+            assert (await http.get("/healthz")).status_code == 200
         self.workers.append(WorkerProcess(name, server, stack))
 
     def lose(self, worker: WorkerProcess) -> None:
