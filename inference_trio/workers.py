@@ -20,6 +20,7 @@ first one, and what its parent says as the same.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import socket
 import sys
@@ -29,11 +30,10 @@ import attrs
 import trio
 from hypercorn.config import Config
 
-from . import process
 from .access import Access
 from .errors import ConfigurationError
 from .logs import configure_logging
-from .process import BACKLOG, SIGNALS, USAGE_ERROR, announce, complain
+from .process import BACKLOG, GRACE, SIGNALS, USAGE_ERROR, announce, complain
 from .settings import Settings
 
 SHORTEST_PAUSE = 0.5
@@ -41,7 +41,7 @@ LONGEST_PAUSE = 30.0
 """Seconds from the end of a worker to the start of another one."""
 
 LASTING = 10.0
-"""Seconds for which a worker has to live until its end is an accident, and not one of a series."""
+"""Seconds for which a worker has to be ready until its end is an accident, and not one of a series."""
 
 MARGIN = 2.0
 """Seconds, beyond those in which a worker ends in any case, after which it is killed."""
@@ -79,18 +79,30 @@ def _listening(bind: str) -> socket.socket:
 
 
 def pause_after(lived: float, last_pause: float) -> float:
-    """Seconds until another worker begins, after one that lived for so many, and began so many after one before it."""
+    """Seconds until another worker begins, after one that was ready for so many, and for which so many were waited."""
     return SHORTEST_PAUSE if lived >= LASTING else min(max(SHORTEST_PAUSE, 2 * last_pause), LONGEST_PAUSE)
 
 
 @attrs.define(eq=False)
+class _Worker:
+    """``stream`` is the parent's end of the socket; ``ready_at`` is infinite until then."""
+
+    number: int
+    process: trio.Process
+    stream: trio.SocketStream
+    ready_at: float = math.inf
+
+
+@attrs.define(eq=False)
 class Workers:
+    """``listener`` is closed when they are to stop."""
+
     listener: socket.socket
     count: int
     drain_seconds: float
     status: int = 0
     _ready: int = 0
-    """How many were ready at the start."""
+    """How many were ready, up to the first time that all were."""
     _is_stopping: trio.Event = attrs.field(factory=trio.Event)
     _nursery: trio.Nursery = attrs.field(init=False)
 
@@ -114,7 +126,7 @@ class Workers:
 
     async def _lose_patience(self, all_there_is: trio.CancelScope) -> None:
         await self._is_stopping.wait()
-        await trio.sleep(self.drain_seconds + process.GRACE + MARGIN)
+        await trio.sleep(self.drain_seconds + GRACE + MARGIN)
         logger.warning("workers that do not end are killed")
         all_there_is.cancel()
 
@@ -126,59 +138,61 @@ class Workers:
         """Runs one worker after another, until all are to stop."""
         pause = 0.0
         while not self._is_stopping.is_set():
-            began = trio.current_time()
             try:
-                status = await self._run_one(number)
+                status, lived = await self._run_one(number)
             except OSError as error:
                 logger.error("worker %d cannot be started: %s", number, error)  # noqa: TRY400 (all is said)
-                status = 1
+                status, lived = 1, 0.0
             if self._is_stopping.is_set():
                 break
             if self._ready < self.count:
                 self._give_up(number, status)
                 break
-            pause = pause_after(trio.current_time() - began, pause)
+            pause = pause_after(lived, pause)
             logger.warning("worker %d %s: another one begins in %.1f s", number, _how(status), pause)
             with trio.move_on_after(pause):
                 await self._is_stopping.wait()
 
-    async def _run_one(self, number: int) -> int:
-        """The exit status of a worker; negative where a signal ended it. Raises OSError where it cannot be started."""
+    async def _run_one(self, number: int) -> tuple[int, float]:
+        """The exit status of a worker, negative where a signal ended it, and how long (s) it was ready.
+
+        Raises OSError where it cannot be started.
+        """
         ours, theirs = socket.socketpair()
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             with theirs, self.listener.dup() as listener:
-                worker = await trio.lowlevel.open_process(
+                process = await trio.lowlevel.open_process(
                     [sys.executable, "-m", f"{__package__}.serving", str(listener.fileno()), str(number)],
                     stdin=theirs,
                     pass_fds=[listener.fileno()],
                     start_new_session=True,
                 )
+            worker = _Worker(number, process, stream)
             try:
-                is_ready = trio.Event()
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._hear, number, worker, stream, is_ready)
-                    nursery.start_soon(self._tell, worker, stream, is_ready)
-                    status = await worker.wait()
+                    nursery.start_soon(self._hear, worker)
+                    nursery.start_soon(self._tell, worker)
+                    status = await process.wait()
                     nursery.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
-                    worker.kill()
-                    await worker.wait()
-        return status
+                    process.kill()
+                    await process.wait()
+        return status, trio.current_time() - worker.ready_at
 
-    async def _hear(self, number: int, worker: trio.Process, stream: trio.SocketStream, is_ready: trio.Event) -> None:
-        address = (await stream.receive_some()).decode()
+    async def _hear(self, worker: _Worker) -> None:
+        address = (await worker.stream.receive_some()).decode()
         if address:
-            is_ready.set()
-            logger.info("worker %d is ready: pid %d", number, worker.pid)
+            worker.ready_at = trio.current_time()
+            logger.info("worker %d is ready: pid %d", worker.number, worker.process.pid)
             self._count(address)
 
-    async def _tell(self, worker: trio.Process, stream: trio.SocketStream, is_ready: trio.Event) -> None:
+    async def _tell(self, worker: _Worker) -> None:
         await self._is_stopping.wait()
-        if not is_ready.is_set():
-            worker.terminate()
+        if worker.ready_at == math.inf:
+            worker.process.terminate()
         with suppress(trio.BrokenResourceError):
-            await stream.send_eof()
+            await worker.stream.send_eof()
 
     def _count(self, address: str) -> None:
         """Called for each worker that is ready, those that replace others included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import trio
 import trio_websocket
 from hypercorn.config import Config
 
-from inference_trio import process, workers
+from inference_trio import workers
 from inference_trio.access import Access
 from inference_trio.server import Service
 from inference_trio.variables import Secret
@@ -186,7 +187,7 @@ async def test_a_worker_that_does_not_end_is_killed(
     two: Callable[[str], Workers], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(workers, "MARGIN", 0.0)
-    monkeypatch.setattr(process, "GRACE", 0.0)
+    monkeypatch.setattr(workers, "GRACE", 0.0)
     async with running(two(f"{LIVE}; kill -STOP $$"), caplog):
         pass
     assert caplog.messages[-1] == "workers that do not end are killed"
@@ -194,8 +195,8 @@ async def test_a_worker_that_does_not_end_is_killed(
 
 def test_what_does_not_last_is_replaced_later_and_later() -> None:
     pauses = [0.0]
-    while pauses[-1] < LONGEST_PAUSE:
-        pauses.append(pause_after(LASTING / 2, pauses[-1]))
+    for lived in (LASTING / 2, -math.inf, 0.0, 1.0, 2.0, 3.0, 4.0):
+        pauses.append(pause_after(lived, pauses[-1]))
     assert pauses[1:] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
     assert pause_after(LASTING / 2, LONGEST_PAUSE) == LONGEST_PAUSE
     assert pause_after(LASTING, LONGEST_PAUSE) == SHORTEST_PAUSE
