@@ -146,7 +146,7 @@ class RedisStore:
             return
 
         await wind_down(lambda: self._in_use(worker), limit, are_elsewhere=True)
-        with trio.move_on_after(CLOSING_TIME):
+        with trio.move_on_after(CLOSING_TIME):  # else its lease runs out, and others end what is left
             await worker.leave()
 
 

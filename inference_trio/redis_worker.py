@@ -29,6 +29,9 @@ LEASE = 5.0
 INTERVAL = 1.0
 """Seconds between two renewals."""
 
+LEAVING_INTERVAL = 0.05
+"""Seconds between two attempts to leave."""
+
 GRACE = 3.0
 """Seconds: where nobody renewed for longer, it was Redis that was away, and no lease has run out."""
 
@@ -130,8 +133,9 @@ class Worker:
             nursery.cancel_scope.cancel()
 
     async def leave(self) -> None:
-        """Ends this life in good order, when it has nothing any more."""
-        await self.link.run("bury", self.for_all, self.id)
+        """Ends this life in good order, as soon as Redis knows of nothing that it has any more."""
+        while not await self.link.run("bury", self.for_all, self.id, 1):  # noqa: ASYNC110 (Redis sets no event)
+            await trio.sleep(LEAVING_INTERVAL)
 
     def check(self) -> None:
         """Raises OverloadedError where this life is over: it may have ended during a call."""
@@ -186,7 +190,7 @@ class Worker:
                 await self.release(worker, name.decode(), value.decode())
             else:
                 await self._fail(worker, name.decode(), *value.decode().split(" ", 2))
-        await self.link.run("bury", self.for_all, worker, within=FOREVER)
+        await self.link.run("bury", self.for_all, worker, 0, within=FOREVER)
         self._burying.discard(worker)
 
     async def _fail(self, worker: str, task_id: str, session_id: str, owner: str, model: str) -> None:

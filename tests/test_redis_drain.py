@@ -28,14 +28,21 @@ from .line import Line, open_line
 from .redis_server import RedisServer, running_redis
 from .test_connection import HELLO, transcript
 from .test_metrics import scrape
+from .test_redis_faults import Slow
 from .test_store_contract import in_redis
 from .upstream import Upstream, open_upstream
 
 
 @pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
+def running() -> Iterator[RedisServer]:
     with running_redis() as server:
         yield server
+
+
+@pytest.fixture
+def redis(running: RedisServer) -> RedisServer:
+    running.ask("FLUSHALL")
+    return running
 
 
 async def test_who_has_nothing_running_here_is_closed_at_once(redis: RedisServer) -> None:
@@ -118,6 +125,28 @@ async def test_a_task_that_was_to_begin_just_then_does_not(redis: RedisServer, m
         go_on.set()
         assert (await transcript(socket))[-1]["params"]["final_text"] == "Hello"
         await gone(socket)
+
+
+async def test_a_worker_leaves_when_redis_knows_that_its_tasks_have_ended(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would count as running for ever: what it leaves behind, nobody would look at."""
+    go_on, slow = trio.Event(), Slow("dismiss", holds_reply=False)
+    held = [text("Hel"), fakes.wait(go_on), finish()]
+    async with in_redis(redis.url, held, drain_seconds=3600.0, resume_window=3600.0) as it:
+        socket, worker = await it.connect(0, await it.create()), it.stores[0].worker
+        socket.call("generate", {"message": "hi"})
+        await socket.hear()
+        await socket.drop()
+        monkeypatch.setattr(Link, "_run", lambda *arguments: slow.run(*arguments))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(it.stores[0].drain)
+            go_on.set()
+            await slow.came.wait()
+            assert await worker.link.run("bury", worker.for_all, worker.id, 1) == 0
+            slow.go_on.set()
+        assert redis.ask("HGET", f"{worker.for_all}:counts", "tasks") == b"$1\r\n0\r\n"
+        assert worker.id.encode() not in redis.ask("ZRANGE", f"{worker.for_all}:leases", "0", "-1")
 
 
 # A single server that is replaced: its clients find nobody else, and try until the next one is there
