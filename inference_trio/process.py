@@ -92,8 +92,8 @@ def announce(address: str) -> None:
 
 
 def complain(reason: object) -> None:
-    """Says, in one line, why the command ends."""
-    print(f"inference-trio: {reason}", file=sys.stderr)  # noqa: T201
+    """Says, in one line, why the command ends. It is one write: others may write there, too."""
+    sys.stderr.write(f"inference-trio: {reason}\n")
 
 
 def leave(status: int) -> NoReturn:

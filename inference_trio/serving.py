@@ -48,21 +48,25 @@ def run(bind: str, worker: Worker | None = None) -> int:
     except ConfigurationError as error:
         complain(error)
         return USAGE_ERROR
-    status = 0
+    reason = ""
     try:
         trio.run(serve, app, bind, settings.drain_seconds, worker)
     except* OSError as group:
-        reason = group.exceptions[0]
-        while isinstance(reason, ExceptionGroup):
-            reason = reason.exceptions[0]
-        complain(f"cannot serve {f'as worker {worker.number}' if worker else f'on {bind}'}: {reason}")
-        status = 1
+        name = f"as worker {worker.number}" if worker else f"on {bind}"
+        reason = f"cannot serve {name}: {_first_of(group)}"
     except* AppEndedError:
-        complain("the server has a defect, see the log")
-        status = 1
+        reason = "the server has a defect, see the log"
     finally:
         stop_logging()
-    return status
+    if reason:
+        complain(reason)
+    return 1 if reason else 0
+
+
+def _first_of(error: Exception) -> Exception:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def serve(app: QuartTrio, bind: str, drain_seconds: float, worker: Worker | None) -> None:
