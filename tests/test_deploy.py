@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -431,8 +432,13 @@ def test_what_the_image_copies_is_there() -> None:
     assert all((DEPLOY.parent / path).exists() for path in paths)
 
 
-def test_the_composed_nginx_has_the_servers_by_name(tmp_path: Path) -> None:
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+def composed() -> Any:
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def test_the_composed_nginx_has_the_servers_addresses(tmp_path: Path) -> None:
+    """Each has one that nobody else is given."""
+    services, network = composed()["services"], composed()["networks"]["default"]["ipam"]["config"][0]
     shell, option, script = services["nginx"]["command"]
     script, _ = script.split(" && exec ")
     changes = {
@@ -443,12 +449,21 @@ def test_the_composed_nginx_has_the_servers_by_name(tmp_path: Path) -> None:
         script = script.replace(theirs, str(ours))
     subprocess.run([shell, option, script], check=True, timeout=60)
     site = (tmp_path / "x").read_text()
-    assert re.findall(r"^ +server (\S+) max_fails=0;", site, re.MULTILINE) == ["one:8000", "two:8000"]
+    addresses = [services[name]["networks"]["default"]["ipv4_address"] for name in ("one", "two")]
+    assert re.findall(r"^ +server (\S+) max_fails=0;", site, re.MULTILINE) == [f"{one}:8000" for one in addresses]
+    for address in map(ip_address, addresses):
+        assert address in ip_network(network["subnet"])
+        assert address not in ip_network(network["ip_range"])
     assert re.findall(r"^ +(least_conn|hash .*);", site, re.MULTILINE) == ["least_conn"]
-    assert {"one", "two"} < services.keys()
+    assert re.findall(r"^ +access_log (\S+)", site, re.MULTILINE) == ["/dev/stdout"]
+
+
+def test_the_composed_servers_have_the_health_check_of_the_image() -> None:
+    _, *composed_check = composed()["x-server"]["healthcheck"]["test"]
+    assert composed_check == ["python", *healthcheck()[1:]]
 
 
 def test_composed_servers_have_settings_that_there_are() -> None:
-    names = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["x-server"]["environment"]
+    names = composed()["x-server"]["environment"]
     known = {variable.name for variable in Settings.variables().values()}
     assert names.keys() <= known
