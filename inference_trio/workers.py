@@ -25,6 +25,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import attrs
 import trio
@@ -162,7 +163,7 @@ class Workers:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             with theirs, self.listener.dup() as listener:
                 process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", f"{__package__}.serving", str(listener.fileno()), str(number)],
+                    [*_python(), "-m", f"{__package__}.serving", str(listener.fileno()), str(number)],
                     stdin=theirs,
                     pass_fds=[listener.fileno()],
                     start_new_session=True,
@@ -211,6 +212,14 @@ class Workers:
             logger.error("worker %d %s, before all were ready", number, _how(status))
         self.status = max(1, status)
         self._stop()
+
+
+def _python() -> list[str]:
+    """The interpreter. With ``-m`` it looks for modules in the working directory, unless it is told not to (``-P``).
+
+    The command ``inference-trio`` does not, and whatever lies there shall not stand in for a library.
+    """
+    return [sys.executable] if str(Path.cwd()) in sys.path else [sys.executable, "-P"]
 
 
 def _how(status: int) -> str:

@@ -125,6 +125,16 @@ async def test_what_does_not_start_ends_all_and_says_so_once(
     assert caplog.messages == said
 
 
+@pytest.mark.parametrize(("is_looked_at", "status"), [(True, 4), (False, 5)])
+async def test_a_worker_looks_for_modules_in_the_working_directory_where_its_parent_does(
+    two: Callable[[str], Workers], tmp_path: Path, is_looked_at: bool, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if is_looked_at:
+        monkeypatch.syspath_prepend(tmp_path)
+    assert await ended(two('[ "$1" = -m ] && exit 4; [ "$1 $2" = "-P -m" ] && exit 5')) == status
+
+
 async def test_workers_that_cannot_be_started_at_all_end_it(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
