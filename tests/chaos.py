@@ -1,4 +1,4 @@
-"""Workers that are killed and frozen, a Redis that stalls, restarts and forgets: and clients that check every word.
+"""Workers that are stopped, killed and frozen, a Redis that stalls, restarts and forgets: clients check every word.
 
 ``python -m tests.chaos --seconds 60 --clients 40 --seed 1``. Three workers, each a process of its own, are behind a
 balancer that sends each connection to the next of them; each asks the scripted upstream with a key of its own, so it
@@ -56,13 +56,13 @@ class SessionGoneError(Exception):
 
 @attrs.define(eq=False)
 class WorkerProcess:
-    """``lost_at`` is when it was killed, or frozen for longer than its lease."""
+    """``lost_at`` is when it was killed, or frozen for longer than its lease; ``is_left_alone`` while it is harmed."""
 
     name: str
     server: ServerProcess
     stack: ExitStack
     lost_at: float | None = None
-    is_frozen: bool = False
+    is_left_alone: bool = False
 
 
 @attrs.define(eq=False)
@@ -109,7 +109,7 @@ class Town:
         worker.lost_at = trio.current_time()
 
     def running(self) -> list[WorkerProcess]:
-        return [worker for worker in self.workers if not worker.is_frozen]
+        return [worker for worker in self.workers if not worker.is_left_alone]
 
     # The balancer
 
@@ -220,7 +220,10 @@ class Visit:
     async def _hear(self, socket: Any) -> Any:
         while True:
             with trio.move_on_after(SILENCE):
-                return json.loads(await socket.get_message())
+                frame = json.loads(await socket.get_message())
+                if frame.get("method") != "draining":
+                    return frame
+                continue
             with trio.fail_after(SILENCE):
                 await socket.ping()
 
@@ -389,11 +392,30 @@ async def kill_a_worker(town: Town, chance: random.Random) -> None:
     town.nursery.start_soon(town.start_worker)
 
 
+async def stop_a_worker(town: Town, chance: random.Random) -> None:
+    """In good order: it costs no task anything."""
+    if len(town.running()) < 2:
+        return
+    worker = chance.choice(town.running())
+    worker.is_left_alone = True
+    worker.server.process.send_signal(signal.SIGTERM)
+
+    async def replace() -> None:
+        status = await worker.server.ended()
+        if status:
+            town.wrong.append(f"{worker.name} has ended with {status}")
+        town.workers.remove(worker)
+        worker.stack.close()
+        await town.start_worker()
+
+    town.nursery.start_soon(replace)
+
+
 async def freeze_a_worker(town: Town, chance: random.Random) -> None:
     if len(town.running()) < 2:
         return
     worker, seconds = chance.choice(town.running()), chance.choice((0.5, 3, 7, 9))
-    worker.is_frozen = True
+    worker.is_left_alone = True
     worker.server.process.send_signal(signal.SIGSTOP)
     if seconds > LEASE - 2:
         town.lose(worker)
@@ -401,7 +423,7 @@ async def freeze_a_worker(town: Town, chance: random.Random) -> None:
     async def thaw() -> None:
         await trio.sleep(seconds)
         worker.server.process.send_signal(signal.SIGCONT)
-        worker.is_frozen = False
+        worker.is_left_alone = False
 
     town.nursery.start_soon(thaw)
 
@@ -429,6 +451,7 @@ async def cut_all_lines_to_redis(town: Town, _: random.Random) -> None:
 Fault = Callable[[Town, random.Random], Awaitable[None]]
 FAULTS: dict[Fault, int] = {
     kill_a_worker: 4,
+    stop_a_worker: 3,
     freeze_a_worker: 3,
     stall_redis: 2,
     restart_redis: 2,
