@@ -34,7 +34,7 @@ from hypercorn.config import Config
 from .access import Access
 from .errors import ConfigurationError
 from .logs import configure_logging
-from .process import BACKLOG, GRACE, SIGNALS, USAGE_ERROR, announce, complain
+from .process import GRACE, SIGNALS, USAGE_ERROR, announce, complain
 from .settings import Settings
 
 SHORTEST_PAUSE = 0.5
@@ -60,7 +60,7 @@ def run(bind: str, count: int) -> int:
         complain(error)
         return USAGE_ERROR
     try:
-        with _listening(bind) as listener:
+        with _bound(bind) as listener:
             Access.of(settings).warn_of_strangers([bind])
             return trio.run(Workers(listener, count, settings.drain_seconds).run)
     except OSError as error:
@@ -70,12 +70,14 @@ def run(bind: str, count: int) -> int:
         stop_logging()
 
 
-def _listening(bind: str) -> socket.socket:
-    """Raises OSError where the address cannot be had."""
+def _bound(bind: str) -> socket.socket:
+    """The socket on which the first worker listens, once it is ready: until then a balancer goes to another server.
+
+    Raises OSError where the address cannot be had.
+    """
     config = Config()
     config.bind = [bind]
     (listener,) = config.create_sockets().insecure_sockets
-    listener.listen(BACKLOG)
     return listener
 
 

@@ -422,6 +422,12 @@ async def test_hypercorns_workers_share_their_sessions_and_say_that_they_end_tog
     assert all("inference-trio serve --workers would start another one" in line for line in lines)
 
 
+def test_nobody_is_kept_waiting_before_a_worker_is_ready() -> None:
+    """A balancer that is refused goes to another server; one that waits holds up its client for seconds."""
+    with workers._bound("127.0.0.1:0") as taken, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(taken.getsockname())
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
