@@ -93,7 +93,8 @@ def announce(address: str) -> None:
 
 def complain(reason: object) -> None:
     """Says, in one line, why the command ends. It is one write: others may write there, too."""
-    sys.stderr.write(f"inference-trio: {reason}\n")
+    if sys.stderr:
+        sys.stderr.write(f"inference-trio: {reason}\n")
 
 
 def leave(status: int) -> NoReturn:
@@ -102,8 +103,9 @@ def leave(status: int) -> NoReturn:
     That takes a second on a busy machine, and nothing can cut it short: the last resort is a thread, and stopped first.
     """
     atexit._run_exitfuncs()  # noqa: SLF001 (there is no other name for it)
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
+    if sys.stdout:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
     os._exit(status)
 
 

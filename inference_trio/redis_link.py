@@ -19,12 +19,11 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import anyio
 import attrs
 import coredis
 import trio
 from coredis.connection import TCPLocation
-from coredis.exceptions import NoScriptError, RedisError, ResponseError
+from coredis.exceptions import NoScriptError, ResponseError
 from coredis.retry import NoRetryPolicy
 
 from .errors import OverloadedError
@@ -56,16 +55,6 @@ RETRY_AFTER = 5.0
 """Seconds after which a client refused because Redis is away may try again."""
 
 FOREVER = math.inf
-
-FAILURES = (
-    RedisError,
-    OSError,
-    RuntimeError,  # the client was closed meanwhile
-    anyio.ClosedResourceError,  # the connection was, between its choice and its use
-    anyio.BrokenResourceError,
-    anyio.EndOfStream,
-)
-"""What coredis raises where there is no answer."""
 
 Value = str | bytes | int | float
 
@@ -126,7 +115,7 @@ class Link:
                 async with self._connect() as self._client:
                     self._opened.set()
                     await self._failed.wait()
-            except* FAILURES as group:  # a cluster's client connects at once
+            except* Exception as group:  # a cluster's client connects at once
                 logger.warning("Redis is away: %s", _reason(group.exceptions[0]))
                 await trio.sleep(PAUSE)
 
@@ -238,7 +227,7 @@ class Link:
             self._asked[asked] = self._looks
             try:
                 return await ask(client)
-            except FAILURES as error:
+            except Exception as error:
                 self._give_up(client, _reason(error))
             finally:
                 del self._asked[asked]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -99,6 +100,8 @@ class RedisStore:
     async def get(self, session_id: str) -> RedisSession | None:
         self.send_elsewhere_when_draining()
         worker = self.worker
+        if not re.fullmatch(r"[\w-]{32}", session_id, re.ASCII):  # as `create` makes them; braces would mean something
+            return None
         tools, name, window = await worker.link.run("load", worker.session_key(session_id), worker.ttl)
         if name is None:
             await worker.check_era()

@@ -29,6 +29,8 @@ SENTINELS = re.compile(
 )
 """Sentinels that know where the primary of a service is; the credentials are for that."""
 
+_STORE_OPTIONS = ("", "cluster=true")
+
 _LARGEST_INTEGER = 2**31 - 1
 _LONGEST_SECONDS = 1e9  # what a thread may wait for ends at about 9.2e9 (`threading.TIMEOUT_MAX`)
 _SHOWN_CHARACTERS = 80
@@ -175,13 +177,20 @@ def store_url(text: str) -> Secret:
     try:
         url = urlsplit(text)
         is_redis = bool(url.scheme in {"redis", "rediss"} and url.hostname and url.port != 0)
+        is_redis &= bool(re.fullmatch(r"/?|/\d+", url.path)) and not url.fragment and url.query in _STORE_OPTIONS
     except ValueError:  # its brackets or its port are none
         is_redis = False
     if "sentinel" in text.partition("://")[0] + text.partition("?")[2]:
-        is_redis = SENTINELS.fullmatch(text) is not None
+        sentinels = SENTINELS.fullmatch(text)
+        is_redis = sentinels is not None and all(
+            0 < int(port) < 65536 for port in re.findall(r":(\d+)", sentinels["hosts"])
+        )
         expected = "Sentinels as in redis+sentinel://:password@host:26379,host:26379/service/0"
     else:
-        expected = f"{MEMORY_STORE}, or a URL such as redis://:password@host:6379/0 (rediss:// with TLS)"
+        expected = (
+            f"{MEMORY_STORE}, or a URL such as redis://:password@host:6379/0"
+            " (rediss:// with TLS, and ?cluster=true for a cluster)"
+        )
     if text != MEMORY_STORE and not (is_redis and re.fullmatch("[!-~]+", text)):
         raise _HiddenValueError(expected)
     return Secret(text)

@@ -107,6 +107,7 @@ class Workers:
     _ready: int = 0
     """How many were ready, up to the first time that all were."""
     _is_stopping: trio.Event = attrs.field(factory=trio.Event)
+    _python: list[str] = attrs.field(factory=lambda: _python())
     _nursery: trio.Nursery = attrs.field(init=False)
 
     async def run(self) -> int:
@@ -143,16 +144,16 @@ class Workers:
         while not self._is_stopping.is_set():
             try:
                 status, lived = await self._run_one(number)
+                how = _how(status)
             except OSError as error:
-                logger.error("worker %d cannot be started: %s", number, error)  # noqa: TRY400 (all is said)
-                status, lived = 1, 0.0
+                status, lived, how = 0, 0.0, f"cannot be started ({error})"
             if self._is_stopping.is_set():
                 break
             if self._ready < self.count:
-                self._give_up(number, status)
+                self._give_up(number, status, how)
                 break
             pause = pause_after(lived, pause)
-            logger.warning("worker %d %s: another one begins in %.1f s", number, _how(status), pause)
+            logger.warning("worker %d %s: another one begins in %.1f s", number, how, pause)
             with trio.move_on_after(pause):
                 await self._is_stopping.wait()
 
@@ -165,7 +166,7 @@ class Workers:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             with theirs, self.listener.dup() as listener:
                 process = await trio.lowlevel.open_process(
-                    [*_python(), "-m", f"{__package__}.serving", str(listener.fileno()), str(number)],
+                    [*self._python, "-m", f"{__package__}.serving", str(listener.fileno()), str(number)],
                     stdin=theirs,
                     pass_fds=[listener.fileno()],
                     start_new_session=True,
@@ -208,10 +209,10 @@ class Workers:
         elif self._ready == self.count:
             announce(address)
 
-    def _give_up(self, number: int, status: int) -> None:
+    def _give_up(self, number: int, status: int, how: str) -> None:
         """A worker has ended before all were ready."""
         if status <= 0:  # else it has said why
-            logger.error("worker %d %s, before all were ready", number, _how(status))
+            logger.error("worker %d %s, before all were ready", number, how)
         self.status = max(1, status)
         self._stop()
 

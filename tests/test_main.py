@@ -109,6 +109,13 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     assert port in ended.stderr
 
 
+def test_a_closed_standard_output_does_not_matter() -> None:
+    program = (
+        "import sys; sys.stdout = sys.stderr = None; from inference_trio.process import *; complain('x'); leave(7)"
+    )
+    assert run([sys.executable, "-c", program], ROOT).returncode == 7
+
+
 def test_a_server_that_fails_ends_and_says_so() -> None:
     command = [sys.executable, "-m", "tests.launch", '{"broken": true}', "serve", "--port", "0"]
     ended = run(command, ROOT, DEEPSEEK_API_KEY=KEY, INFERENCE_LOG_FILE="")

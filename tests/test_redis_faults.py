@@ -28,7 +28,7 @@ from .harness import PATIENCE
 from .redis_server import RedisServer, running_redis
 from .test_connection import CALLS, HELLO, TOOL, numbers, text_of, transcript
 from .test_report import Notebook
-from .test_store_contract import Workers
+from .test_store_contract import Workers, in_redis
 
 
 @pytest.fixture(scope="module")
@@ -411,6 +411,20 @@ async def test_a_session_that_nobody_has_here_any_more_is_made_again_and_works_a
         again = await it.connect(1, session_id, after=0)
         await again.hear()
         assert [await again.hear() for _ in notes] == notes
+
+
+async def test_a_session_and_its_log_are_there_for_the_same_time(redis: RedisServer) -> None:
+    """Else somebody who comes back finds the one without the other."""
+    async with in_redis(redis.url, [text("Hello"), hang]) as it:
+        socket = await it.connect(0, await it.create())
+        key = it.stores[0].worker.session_key(socket.session_id)
+        names = [key, f"{key}:log", f"{key}:tasks"]
+        for name in names:
+            redis.ask("PEXPIRE", name, str(it.stores[0].worker.ttl + 100 * len(name)))
+        redis.ask("PEXPIRE", key, str(it.stores[0].worker.ttl // 2))
+        socket.call("generate", {"message": "hi"})
+        assert text_of([await socket.hear(), await socket.hear()]) == "Hello"
+        assert len({redis.ask("PEXPIRETIME", name) for name in names}) == 1
 
 
 async def test_a_restart_delays_a_task_and_changes_nothing_of_it(redis: RedisServer) -> None:

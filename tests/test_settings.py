@@ -117,6 +117,7 @@ def test_without_any_variable_but_the_key_the_defaults_of_the_protocol_hold() ->
             frozenset({"https://app.example", "http://localhost:3000"}),
         ),
         ("INFERENCE_STORE", "redis://127.0.0.1:6379/0", "store", Secret("redis://127.0.0.1:6379/0")),
+        ("INFERENCE_STORE", "rediss://host/?cluster=true", "store", Secret("rediss://host/?cluster=true")),
         ("INFERENCE_LOG_LEVEL", "debug", "log_level", "DEBUG"),
         ("INFERENCE_LOG_FILE", "logs/server.log", "log_file", Path("logs/server.log")),
         ("INFERENCE_LOG_FORMAT", "JSON", "log_format", "json"),
@@ -238,7 +239,8 @@ def test_tokens_are_not_shown_with_the_settings() -> None:
     "text",
     [
         *("redis", "memory", "redis://", "redis://:secret@", "http://:secret@host", "redis://:secret@host:x"),
-        *("redis://host:0", "redis://[", "redis://:se cret@host", "memory://secret"),
+        *("redis://host:0", "redis://[", "redis://:se cret@host", "memory://secret", "redis://host/0?cluster=secret"),
+        *("redis://host/secret", "redis://host/0#secret", "redis://host/0?secret=1", "redis://host/0?cluster=true&x=1"),
     ],
 )
 def test_a_wrong_store_is_refused_and_not_shown(text: str) -> None:
@@ -268,6 +270,7 @@ def test_sentinels_are_named_with_their_service(text: str) -> None:
             "redis+sentinel:///secret",
         ),
         *("redis+sentinel://secret@host/sessions", "redis+sentinel://one,,secret/x", "sentinel://:secret@one/sessions"),
+        "redis+sentinel://one:99999/secret",
         *("redis+sentinel://one/sessions/secret", "redis://:secret@host:26379/0?sentinel=main"),
     ],
 )

@@ -140,7 +140,7 @@ async def test_workers_that_cannot_be_started_at_all_end_it(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere")
     assert await ended(Workers(listener, 2, drain_seconds=0.0)) == 1
-    assert [line.partition(":")[0] for line in caplog.messages] == ["worker 1 cannot be started"]
+    assert [line.partition(" (")[0] for line in caplog.messages] == ["worker 1 cannot be started"]
 
 
 @pytest.mark.parametrize(

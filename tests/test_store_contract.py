@@ -145,7 +145,8 @@ async def test_a_session_is_known_to_every_worker_and_a_strange_one_to_none(work
         for store in it.stores:
             session = await store.get(session_id)
             assert [tool["function"]["name"] for tool in session.tools] == ["look"]
-            assert await store.get("nonesuch") is None
+            for strange in ("nonesuch", "}", f"{{{session_id[2:]}}}"):
+                assert await store.get(strange) is None
 
 
 async def test_created_here_connected_there_and_the_tool_result_comes_elsewhere(workers: Any) -> None:

@@ -7,7 +7,7 @@ for i, name in ipairs(names) do
     s[name] = was[i]
 end
 
--- Only what has changed, and lifetimes once a second: each write goes to Redis's disk and replicas as well.
+-- Only what has changed, and lifetimes, which are the same, once a second: each write goes to disk and replicas as well.
 local function save(ttl)
     s.version = s.version + 1
     local fields = {}
@@ -18,9 +18,10 @@ local function save(ttl)
         end
     end
     redis.call('HSET', key, unpack(fields))
-    for _, name in ipairs({key, log, tasks}) do
-        if redis.call('PTTL', name) < tonumber(ttl) then redis.call('PEXPIRE', name, ttl + 1000) end
-    end
+    local left = math.huge
+    for _, name in ipairs({key, log, tasks}) do left = math.min(left, redis.call('PTTL', name)) end
+    if left >= tonumber(ttl) then return end
+    for _, name in ipairs({key, log, tasks}) do redis.call('PEXPIRE', name, ttl + 1000) end
 end
 
 local function seq_of(entry) return tonumber(string.match(entry[1], '^%d+')) end
