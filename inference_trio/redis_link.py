@@ -116,7 +116,7 @@ class Link:
                     self._opened.set()
                     await self._failed.wait()
             except* Exception as group:  # a cluster's client connects at once
-                logger.warning("Redis is away: %s", _reason(group.exceptions[0]))
+                self._say_why(_reason(group.exceptions[0]))
                 await trio.sleep(PAUSE)
 
     async def send(self) -> None:
@@ -192,15 +192,18 @@ class Link:
         """What was asked may be answered late or never: no connection of this client is used again."""
         if client is None or client is not self._client:
             return
-        if not self._was_told:
-            logger.warning("Redis is away: %s", why)
-            self._was_told = True
+        self._say_why(why)
         if not self.is_away:
             self._there = trio.Event()
         self._client = None
         self._failed.set()
         for asked in self._asked:
             asked.cancel()
+
+    def _say_why(self, why: str) -> None:
+        if not self._was_told:
+            logger.warning("Redis is away: %s", why)
+            self._was_told = True
 
     async def _run(self, name: str, key: str, arguments: Sequence[Value]) -> Any:
         """Raises ResponseError where Redis refuses it, AwayError where it does not answer."""

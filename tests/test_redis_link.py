@@ -196,6 +196,26 @@ async def test_whatever_coredis_raises_redis_counts_as_away(error: type[Exceptio
         assert link.is_away
 
 
+async def test_a_client_that_cannot_be_opened_is_in_the_log_once(
+    autojump_clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As that of a cluster, which connects at once."""
+    attempts = []
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[Client]:
+        attempts.append(1)
+        raise OSError("refused")
+        yield
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Link(connect).serve)
+        await trio.sleep(10 * redis_link.PAUSE)
+        nursery.cancel_scope.cancel()
+    assert len(attempts) >= 10
+    assert caplog.messages == ["Redis is away: refused"]
+
+
 async def test_a_late_failure_of_an_earlier_client_does_no_harm() -> None:
     one, two = Client(1), Client(2)
     async with linked(one, two) as link:
