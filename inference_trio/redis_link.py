@@ -294,7 +294,10 @@ async def _primary(
         for name, _, port in (host.partition(":") for host in hosts.split(","))
     ]
     within = {"stream_timeout": SENTINEL_TIMEOUT, "connect_timeout": SENTINEL_TIMEOUT}
-    credentials: dict[str, Any] = {"username": username or None, "password": unquote(password or "") or None}
+    credentials: dict[str, Any] = {
+        "username": unquote(username or "") or None,
+        "password": unquote(password or "") or None,
+    }
     async with coredis.Sentinel(locations, sentinel_kwargs=within, **options) as sentinels:
         primary: Any = sentinels.primary_for(service, db=int(db or 0), **credentials)
         async with primary as client:

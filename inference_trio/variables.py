@@ -174,26 +174,33 @@ def url(text: str) -> str:
 
 def store_url(text: str) -> Secret:
     """Where sessions are kept. The whole URL is hidden: it may hold a password."""
-    try:
-        url = urlsplit(text)
-        is_redis = bool(url.scheme in {"redis", "rediss"} and url.hostname and url.port != 0)
-        is_redis &= bool(re.fullmatch(r"/?|/\d+", url.path)) and not url.fragment and url.query in _STORE_OPTIONS
-    except ValueError:  # its brackets or its port are none
-        is_redis = False
     if "sentinel" in text.partition("://")[0] + text.partition("?")[2]:
-        sentinels = SENTINELS.fullmatch(text)
-        is_redis = sentinels is not None and all(
-            0 < int(port) < 65536 for port in re.findall(r":(\d+)", sentinels["hosts"])
-        )
+        is_one = _names_sentinels(text)
         expected = "Sentinels as in redis+sentinel://:password@host:26379,host:26379/service/0"
     else:
+        is_one = text == MEMORY_STORE or _names_redis(text)
         expected = (
             f"{MEMORY_STORE}, or a URL such as redis://:password@host:6379/0"
             " (rediss:// with TLS, and ?cluster=true for a cluster)"
         )
-    if text != MEMORY_STORE and not (is_redis and re.fullmatch("[!-~]+", text)):
+    if not is_one or not re.fullmatch("[!-~]+", text):
         raise _HiddenValueError(expected)
     return Secret(text)
+
+
+def _names_redis(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        has_server = url.scheme in {"redis", "rediss"} and bool(url.hostname) and url.port != 0
+    except ValueError:  # its brackets or its port are none
+        return False
+    is_plain = re.fullmatch(r"/?|/\d+", url.path) and not url.fragment and url.query in _STORE_OPTIONS
+    return has_server and bool(is_plain)
+
+
+def _names_sentinels(text: str) -> bool:
+    found = SENTINELS.fullmatch(text)
+    return found is not None and all(0 < int(port) < 65536 for port in re.findall(r":(\d+)", found["hosts"]))
 
 
 # Fields
